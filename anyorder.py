@@ -1,0 +1,573 @@
+"""The idea: one causal transformer that draws the cells of an image in *any order it is given*.
+
+    p(tokens | caption, order) = prod_k p(x_{o_k} | caption, x_{o_1} .. x_{o_{k-1}}, o_1 .. o_k)
+
+The chain rule holds for every order of the cells. A raster model learns one factorisation; this one learns all of
+them, by drawing a fresh random permutation for every image and every step (arXiv 2504.17069, section 3). To be asked
+for any cell next, the input at step k says what was drawn last and where, and where the next cell lies, both on the
+grid and as seen from the last one (the paper's double position):
+
+    step           0                 1                    2                          (N inputs for N cells)
+    what, where    start             x_{o_0} at o_0       x_{o_1} at o_1
+    next           o_0               o_1, o_1 - o_0       o_2, o_2 - o_1
+                   |                 |                    |
+    [ caption words ] -> causal transformer -> ...
+                   |                 |                    |
+    predicts       x_{o_0}           x_{o_1}              x_{o_2}
+
+One departure from the paper, and why. `what, where` enters below the first layer, `next` only above layer `enter`. The
+layers below it read the picture so far and do not depend on which cell comes next; so when every free cell is tried as
+the next one (order_infer.py), they are evaluated once and not once per candidate.
+
+reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
+writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
+run      python anyorder.py                        built-in sunsets, MEASURED on two CPU cores
+         python anyorder.py --data path/to/images  your own; folders and IDX files (see data.py)
+you see  samples in random order on out/anyorder.png: sun, sky and sea are there, some details do not fit yet
+not here choosing an order (order_infer.py), learning from it (finetune.py), guidance and completion (sample.py)
+"""
+
+import difflib
+import math
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import UserError, arguments, fingerprint, load, open_data, pick_device, run, save, sheet, words_of
+from tokenizer import load_tokenizer, load_tokens, make_tokens
+
+HEAD = 32           # channels per attention head
+CAPTION = 16        # at most so many words of a caption are read
+DROP = 0.1          # share of training captions replaced by none, so that classifier-free guidance works
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orders. `order[b, k]` is the cell visited at step k; `rank[b, cell]` is the step at which a cell is visited.
+
+
+def raster_order(B, N):
+    """Left to right, top to bottom: order [B, N] int64 with order[b, k] = k."""
+    return torch.arange(N).expand(B, N)
+
+
+def random_order(B, N, generator=None):
+    """B independent uniform permutations of N cells: order [B, N] int64. `generator` (CPU) makes it repeatable."""
+    return torch.rand(B, N, generator=generator).argsort(1)
+
+
+def rank_of(order):
+    """The inverse permutation: order [B, N] -> rank [B, N], or rank -> order.
+
+    On a 2x2 grid the order [2, 0, 3, 1] (bottom left, top left, bottom right, top right) gives the rank [1, 3, 0, 2]:
+        1 3
+        0 2        (what the grid looks like when each cell shows the step at which it is drawn)
+    """
+    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def reference_attention(q, k, v):
+    """Causal attention as its definition: q, k, v [B, heads, T, d] -> [B, heads, T, d] (Vaswani et al. 2017, eq. 1)."""
+    T, d = q.shape[-2:]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(d)                        # [B, heads, T, T]
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+fused_attention = reference_attention
+
+
+def candidate_attention(q, k, v, prefix_k, prefix_v):
+    """C candidates, each attending to one shared prefix and to itself: q, k, v [B, heads, C, d], prefix [B, heads, T, d]."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    shared = q @ prefix_k.transpose(-1, -2) * scale                        # [B, heads, C, T]
+    own = (q * k).sum(-1, keepdim=True) * scale                            # [B, heads, C, 1]
+    p = torch.cat((shared, own), -1).softmax(-1)
+    return p[..., :-1] @ prefix_v + p[..., -1:] * v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, D, layers):
+        super().__init__()
+        self.heads = D // HEAD
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)                         # one product instead of three
+        self.proj = nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+        for weight in (self.proj.weight, self.down.weight):                # residual branches start small (GPT-2)
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers))
+
+    def split(self, x):
+        """x [B, T, D] -> q, k, v, each [B, heads, T, d] (views of one product, nothing is copied)."""
+        B, T, D = x.shape
+        return self.qkv(self.norm1(x)).view(B, T, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, x, y):
+        """x [B, T, D] and what attention found, y [B, heads, T, d] -> x [B, T, D] after both residual branches."""
+        x = x + self.proj(y.transpose(1, 2).flatten(2))                    # [B, T, heads, d] -> [B, T, D]
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    def forward(self, x):
+        return self.merge(x, fused_attention(*self.split(x)))
+
+
+class AnyOrder(nn.Module):
+    """The any-given-order transformer.
+
+    config: rows, cols (grid), codebook V, width D (a multiple of 32), layers, enter (layers below the one at which the
+    next location enters; 0 is the paper's form), order_head (bool), words (list of str, the vocabulary), caption_length L.
+    tokens [B, N] int64 in 0..V-1, always in raster layout; order [B, N] int64 permutations; captions: B strings.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        rows, cols, V, D = config["rows"], config["cols"], config["codebook"], config["width"]
+        self.N, self.V, self.enter = rows * cols, V, config["enter"]
+        self.content = nn.Embedding(V + 1, D)                              # V: start, nothing was drawn yet
+        self.at = nn.Embedding(self.N + 1, D)                              # N: nowhere yet
+        self.next = nn.Embedding(self.N, D)
+        self.relative = nn.Embedding((2 * rows - 1) * (2 * cols - 1) + 1, D)
+        self.word = nn.Embedding(len(config["words"]) + 1, D)              # 0: no word
+        self.word_at = nn.Embedding(config["caption_length"], D)
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, V, bias=False)                            # what is there?
+        if config["order_head"]:                                           # and where next? (trained by finetune.py)
+            self.where = nn.Sequential(nn.Linear(2 * D, D), nn.GELU(), nn.Linear(D, self.N))
+        for module in self.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                nn.init.normal_(module.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(D, config["layers"]) for _ in range(config["layers"]))
+        # how often each code occurs in the training images: what order_infer.py calibrates confidence by
+        self.register_buffer("frequency", torch.full((V,), 1 / V))
+        # hop[a, b] numbers the step from cell a to cell b by its rows and columns; the step from nowhere has its own
+        cell = torch.arange(self.N)
+        down = cell[None] // cols - cell[:, None] // cols + rows - 1       # [N, N] in 0 .. 2 rows - 2
+        right = cell[None] % cols - cell[:, None] % cols + cols - 1
+        hop = torch.cat((down * (2 * cols - 1) + right, torch.full((1, self.N), self.relative.num_embeddings - 1)))
+        self.register_buffer("hop", hop, persistent=False)                 # [N + 1, N]
+        self.number = {word: i + 1 for i, word in enumerate(config["words"])}
+
+    def read(self, captions):
+        """B strings -> [B, L] int64 numbers of words. Words never seen in training read as no word."""
+        L = self.config["caption_length"]
+        ids = [([self.number.get(w, 0) for w in words_of(c)] + [0] * L)[:L] for c in captions]
+        return torch.tensor(ids, device=self.hop.device)
+
+    def check_words(self, captions):
+        """Raises UserError for a word that no training caption had, and names the nearest known ones."""
+        for word in sorted({w for c in captions for w in words_of(c)} - set(self.number)):
+            near = difflib.get_close_matches(word, self.number, n=3, cutoff=0.5) or sorted(self.number)[:5]
+            raise UserError(f"caption word {word!r} was never seen in training: try {', '.join(near) or 'no caption'}")
+
+    def embed_words(self, words):
+        return self.word(words) + self.word_at.weight                      # [B, L, D]
+
+    def embed_drawn(self, token, cell):
+        return self.content(token) + self.at(cell)                         # what was drawn last, and where
+
+    def embed_next(self, cell, following):
+        return self.next(following) + self.relative(self.hop[cell, following])
+
+    def forward(self, tokens, words, order):
+        """tokens [B, N], words [B, L], order [B, N] -> (what [B, N, V], where [B, N, N] or None): at each step k, logits
+        for the content of cell o_k, and, where the model has an order head, logits for o_k itself. The second knows
+        neither o_k nor what lies there: it reads the layers below the next location at step k and the top of step k - 1.
+        """
+        B, L = words.shape
+        drawn = tokens.gather(1, order)                                    # [B, N], content by step
+        last = torch.cat((drawn.new_full((B, 1), self.V), drawn[:, :-1]), 1)
+        cell = torch.cat((order.new_full((B, 1), self.N), order[:, :-1]), 1)
+        x = torch.cat((self.embed_words(words), self.embed_drawn(last, cell)), 1)          # [B, L + N, D]
+        following = F.pad(self.embed_next(cell, order), (0, 0, L, 0))      # words have no next cell
+        for i, block in enumerate(self.blocks):
+            if i == self.enter:
+                below, x = x, x + following
+            x = block(x)
+        top = self.norm(x)
+        where = self.next_location(below[:, L:], top[:, L - 1:-1]) if self.config["order_head"] else None
+        return self.head(top[:, L:]), where
+
+    def next_location(self, below, top):
+        return self.where(torch.cat((F.layer_norm(below, below.shape[-1:]), top), -1))     # [..., N]
+
+    def log_probs(self, tokens, captions, order):
+        """log p of the content at each step k of `order`, in nats: [B, N]. Their sum over k is exact, not a bound."""
+        logits, _ = self(tokens, self.read(captions), order)
+        return -F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, order).flatten(),
+                                reduction="none").view(order.shape)
+
+
+class Drawing:
+    """B images being drawn: the model with its key/value cache, one cell at a time. The cached twin of `forward`.
+
+        drawing = Drawing(model, words)             words [B, L] from model.read(captions)
+        logits = drawing.look(cells)                cells [B, C]: what would be drawn there? -> [B, C, V]; changes nothing
+        drawing.place(choice, token)                of the cells just looked at, take number choice[b], draw token[b]
+
+    The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
+    attends to it and to itself, and only the keys and values of the chosen one are kept.
+    """
+
+    def __init__(self, model, words):
+        self.model, (B, L) = model, words.shape
+        D, layers, device = model.config["width"], len(model.blocks), words.device
+        self.t = L                                                         # how many inputs the cache holds
+        x = model.embed_words(words)
+        shape = (layers, B, D // HEAD, L + model.N, HEAD)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+        self.k, self.v = torch.empty(2, *shape, device=device, dtype=dtype)
+        for i, block in enumerate(model.blocks):
+            q, k, v = block.split(x)
+            self.k[i, :, :, :L], self.v[i, :, :, :L] = k, v
+            x = block.merge(x, fused_attention(q, k, v))
+        self.top = model.norm(x)[:, -1:]                                   # [B, 1, D], the output of the last step
+        self.below(words.new_full((B,), model.V), words.new_full((B,), model.N))
+
+    def below(self, token, cell):
+        """The layers that do not know the next location read what was drawn last; their cache grows by one input."""
+        self.cell = cell
+        x = self.model.embed_drawn(token, cell)[:, None]                   # [B, 1, D]
+        for i, block in enumerate(self.model.blocks[:self.model.enter]):
+            x = self.attend(i, block, x)
+            self.keep(i, self.k_new[:, :, 0], self.v_new[:, :, 0])
+        self.x = x
+
+    def attend(self, i, block, x):
+        q, self.k_new, self.v_new = block.split(x)                         # [B, heads, C, d]
+        return block.merge(x, candidate_attention(q, self.k_new, self.v_new,
+                                                  self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]))
+
+    def look(self, cells):
+        x = self.x + self.model.embed_next(self.cell[:, None], cells)      # [B, C, D]
+        self.cells, self.offered = cells, []
+        for i, block in enumerate(self.model.blocks[self.model.enter:], self.model.enter):
+            x = self.attend(i, block, x)
+            self.offered.append((self.k_new, self.v_new))
+        self.tops = self.model.norm(x)                                     # [B, C, D]
+        return self.model.head(self.tops)
+
+    def next_location(self):
+        """The order head's logits for the next cell, drawn ones included: [B, N]."""
+        return self.model.next_location(self.x, self.top)[:, 0]
+
+    def keep(self, i, k, v):
+        self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k, v            # [B, heads, d]
+
+    def place(self, choice, token):
+        row = torch.arange(len(choice), device=choice.device)
+        for i, (k, v) in enumerate(self.offered, self.model.enter):
+            self.keep(i, k[row, :, choice], v[row, :, choice])
+        self.top = self.tops[row, choice][:, None]
+        self.t += 1
+        if self.t < self.k.shape[3]:                                       # after the last cell nothing follows
+            self.below(token, self.cells[row, choice])
+
+
+@torch.inference_mode()
+def draw(model, captions, order, generator=None):
+    """Plain sampling at temperature 1 in a given order [B, N]: tokens [B, N]. sample.py does more; this is all there is
+    to it."""
+    drawing = Drawing(model, model.read(captions))
+    tokens = torch.empty_like(order)
+    first = order.new_zeros(len(order))
+    for cell in order.split(1, dim=1):                                     # [B, 1]
+        p = drawing.look(cell)[:, 0].float().softmax(-1)
+        token = torch.multinomial(p, 1, generator=generator)
+        tokens.scatter_(1, cell, token)
+        drawing.place(first, token[:, 0])
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every training run needs
+
+
+def seeded(*numbers):
+    """A generator whose stream is a pure function of these integers. Training draws all chance of step s from
+    seeded(seed, s): a resumed run repeats it without saved generator states, with any number of processes."""
+    return torch.Generator().manual_seed(int(fingerprint(*map(str, numbers)), 16) >> 1)
+
+
+def batch_of(step, batch, n, seed):
+    """Which of n images step `step` sees: [batch] int64. Every image once per epoch, freshly shuffled each epoch."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    shuffled = {e: torch.randperm(n, generator=seeded(seed, "epoch", e)) for e in (place // n).unique().tolist()}
+    return torch.stack([shuffled[p // n][p % n] for p in place.tolist()])
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first twentieth of the run, then a cosine to zero."""
+    warm = max(1, steps // 20)
+    return peak * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+
+
+def join(device):
+    """(rank, processes), joined through torchrun's variables where it started us, else (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def precision(device):
+    """The number type for the big products: bfloat16 where a probe of a few milliseconds finds it faster, else float32.
+    (A CPU without bfloat16 instructions emulates them, 100 times slower; a GPU of the last years has them.)"""
+    if device.type == "mps":
+        return torch.float32
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, device=device, dtype=dtype)
+        for _ in range(3):                                                 # the last try counts, the first ones warm up
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            spent = time.perf_counter() - start
+        times.append(spent)
+    return torch.bfloat16 if times[1] < times[0] else torch.float32
+
+
+def open_tokens(out, data=None):
+    """out/tokens.pt as a dict; with `data` it must have been made from that data. tokens [n, N] become int64."""
+    held = load_tokens(os.path.join(out, "tokens.pt"))
+    if data and open_data(data).fingerprint != held["made_from"]["data"]:
+        raise UserError(f"{out}/tokens.pt was made from {held['config']['data']}, not from {data}: "
+                        f"run python tokenizer.py --data {data} --out {out}")
+    held["fingerprint"] = fingerprint(held["tokens"])
+    held["tokens"] = held["tokens"].long()
+    return held
+
+
+def vocabulary(held):
+    """(words, caption_length) of the training captions in tokens.pt."""
+    captions = [held["captions"][i] for i in held["caption_index"][held["split"] == 0].unique().tolist()]
+    words = sorted({w for c in captions for w in words_of(c)})
+    return words, min(CAPTION, max([1] + [len(words_of(c)) for c in captions]))
+
+
+@torch.no_grad()
+def held_out(model, tokens, words, order, batch=256):
+    """Mean nats per token of images the model does not train on, in this order: a float."""
+    total = 0.0
+    for i in range(0, len(tokens), batch):
+        t, o = tokens[i:i + batch], order[i:i + batch]
+        what, _ = model(t, words[i:i + batch], o)
+        total += F.cross_entropy(what.flatten(0, 1).float(), t.gather(1, o).flatten(),
+                                 reduction="sum").item()
+    return total / tokens.numel()
+
+
+def save_model(path, model, **about):
+    """Writes a model with its config and what it was made from; see load_model."""
+    save(path, {"kind": "model", "version": 1, "config": model.config, "model": model.state_dict(), **about})
+
+
+def load_model(path, device="cpu"):
+    """An AnyOrder in eval mode from a .pt of anyorder.py or finetune.py; `.about` has what else the file tells (step,
+    held_out, order, made_from). UserError for a missing, broken or foreign file."""
+    file = load(path, "model", "python anyorder.py")
+    try:
+        with torch.device("meta"):                 # sizes are compared before any memory is taken for them
+            shapes = {name: tensor.shape for name, tensor in AnyOrder(file["config"]).state_dict().items()}
+        if {name: tensor.shape for name, tensor in file["model"].items()} != shapes:
+            raise ValueError
+        model = AnyOrder(file["config"])
+        model.load_state_dict(file["model"])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, OverflowError):
+        raise UserError(f"{path} is damaged, its config and weights do not fit: run python anyorder.py again") from None
+    model.about = {key: value for key, value in file.items() if key not in ("model", "config")}
+    return model.requires_grad_(False).eval().to(device)
+
+
+def loss_curve(history, path, floor=None):
+    """Draws (step, training loss, held-out loss) triples: training grey, held out red, `floor` a dashed line."""
+    W, H, edge = 640, 360, 44
+    picture = Image.new("RGB", (W, H), "white")
+    pen = ImageDraw.Draw(picture)
+    values = [value for row in history for value in row[1:]] + ([floor] if floor else [])
+    low, high, last = min(values), max(values) + 1e-9, max(1, history[-1][0])
+    x = lambda step: edge + (W - edge - 12) * step / last
+    y = lambda loss: 12 + (H - edge - 12) * (high - loss) / (high - low + 1e-9)
+    pen.line((edge, 12, edge, H - edge + 2, W - 12, H - edge + 2), fill="black")
+    for value in torch.linspace(low, high, 5).tolist():
+        pen.text((4, y(value) - 6), f"{value:.2f}", fill="black")
+    pen.text((edge, H - 30), "0", fill="black")
+    pen.text((W - 60, H - 30), f"step {last}", fill="black")
+    pen.text((W // 2 - 150, H - 30), "nats per token: grey training, red held out" + (", dashed ln(V)" if floor else ""),
+             fill="black")
+    if floor:
+        for left in range(edge, W - 12, 12):
+            pen.line((left, y(floor), left + 6, y(floor)), fill="grey")
+    for column, colour in ((1, "silver"), (2, "red")):
+        pen.line([(x(row[0]), y(row[column])) for row in history], fill=colour, width=2)
+    picture.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.set_defaults(data=None)
+    parser.add_argument("--order", choices=("random", "raster"), default="random",
+                        help="random: any given order; raster: the baseline that draws left to right, top to bottom")
+    parser.add_argument("--steps", type=int, default=900, help="training steps (default 900)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step over all processes (default 64)")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 0.0015)")
+    parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32 (default 128)")
+    parser.add_argument("--layers", type=int, default=6, help="transformer layers (default 6)")
+    parser.add_argument("--enter", type=int, default=2,
+                        help="layers below the one where the next location enters; 0 is the paper's form (default 2)")
+    parser.add_argument("--limit", type=int, default=0, help="train on the first N training images only (0: all)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    args = parser.parse_args()
+    for name, least in (("steps", 1), ("batch", 1), ("layers", 1), ("enter", 0), ("limit", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)} is too small: give at least {least}")
+    if args.width < HEAD or args.width % HEAD:
+        raise UserError(f"--width {args.width} is not a multiple of {HEAD}: try {max(1, round(args.width / HEAD)) * HEAD}")
+    if args.enter >= args.layers:
+        raise UserError(f"--enter {args.enter} must be below --layers {args.layers}: "
+                        f"the next location has to reach a layer")
+    if not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.001")
+    device = pick_device(args.device)
+    rank, world = join(device)
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: give a multiple of {world}")
+
+    # tokens: made here where they are missing, or were made from other data than was asked for
+    path = os.path.join(args.out, "tokens.pt")
+    if not os.path.exists(path) or (args.data and load_tokens(path)["made_from"]["data"] != open_data(args.data).fingerprint):
+        if rank == 0:
+            print(f"{path} {'was made from other data' if os.path.exists(path) else 'does not exist'}: "
+                  f"training a tokenizer first")
+            make_tokens(data=args.data or "sunsets", out=args.out, seed=args.seed, device=args.device)
+        if world > 1:
+            dist.barrier()
+    held = open_tokens(args.out)
+    grid = held["config"]
+    N, V = grid["rows"] * grid["cols"], grid["codebook"]
+    words, length = vocabulary(held)
+    torch.manual_seed(args.seed)
+    model = AnyOrder({"rows": grid["rows"], "cols": grid["cols"], "codebook": V, "width": args.width,
+                      "layers": args.layers, "enter": args.enter, "order_head": False, "words": words, "caption_length": length}).to(device)
+    captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
+    tokens = held["tokens"].to(device)
+    train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
+    train = train[:args.limit or None]
+    check = check if len(check) else train[:512]       # a handful of images leaves none to validate on
+    model.frequency.copy_((torch.bincount(tokens[train].flatten(), minlength=V) + 1) / (tokens[train].numel() + V))
+    orders = {"random": random_order, "raster": lambda B, N, generator: raster_order(B, N)}[args.order]
+    check_order = orders(len(check), N, seeded(args.seed, "check")).to(device)
+
+    name = "anyorder" if args.order == "random" else "raster"
+    target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
+    made_from = {**held["made_from"], "tokens": held["fingerprint"]}
+    settings = {**model.config, **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
+    parameters = sum(p.numel() for p in model.parameters())
+    kind = precision(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    step, best, history, seconds = 0, math.inf, [], 0.0
+    if args.resume:
+        file = load(unfinished, "unfinished", f"python anyorder.py without --resume")
+        if file["config"] != settings or file["made_from"] != made_from:
+            other = [k for k in settings if file["config"].get(k) != settings[k]] or ["tokens.pt"]
+            raise UserError(f"{unfinished} was begun with another {', '.join(other)}: repeat its flags, or leave out --resume")
+        model.load_state_dict(file["model"])
+        optimizer.load_state_dict(file["optimizer"])
+        step, best, history, seconds = file["step"], file["best"], file["history"], file["seconds"]
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if rank == 0:
+        print(f"{len(train):,} images to train on, {len(check)} to check, {N} cells, {V} codes, {len(words)} words; "
+              f"{parameters / 1e6:.2f}M parameters in {str(kind).split('.')[1]} on {device}\n"
+              f"a model that knows nothing loses ln({V}) = {math.log(V):.3f} nats per token")
+
+    def remember():
+        save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
+                          "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                          "history": history, "seconds": seconds})
+
+    stop = []                                          # Ctrl-C: finish the step, save, leave; twice: leave at once
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    saved = time.time()
+    bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    while step < args.steps:
+        start = time.time()
+        chance = seeded(args.seed, step)
+        pick = train[batch_of(step, args.batch, len(train), args.seed)]                    # the same on every process
+        order = orders(args.batch, N, chance)
+        told = torch.rand(args.batch, 1, generator=chance) >= DROP
+        mine = slice(rank, None, world)                                                    # each takes its share
+        pick, order, told = pick[mine].to(device), order[mine].to(device), told[mine].to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            what, _ = parallel(tokens[pick], captions[pick] * told, order)                 # [B, N, V]
+            loss = F.cross_entropy(what.flatten(0, 1), tokens[pick].gather(1, order).flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} at step {step}: {target} keeps the last good model; "
+                            f"try --lr {args.lr / 3:.2g}")
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        seconds += time.time() - start
+        bar.update()
+        if step == 1 or step % max(1, args.steps // 12) == 0 or step == args.steps:
+            with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+                value = held_out(model, tokens[check], captions[check], check_order)
+            history.append((step, loss.item(), value))
+            bar.write(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token"
+                      + ("  best" if value < best else ""))
+            if value < best:
+                best = value
+                if rank == 0:
+                    save_model(target, model, made_from=made_from, order=args.order, step=step, held_out=value,
+                               batch=args.batch, tokens_seen=step * args.batch * N, seconds=seconds, data=grid["data"],
+                               captions=held["captions"])
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
+        if rank == 0 and (stop or time.time() - saved > 60):
+            remember()
+            saved = time.time()
+        if stop:
+            bar.close()
+            print(f"stopped at step {step}: python anyorder.py --resume goes on from {unfinished}")
+            raise KeyboardInterrupt
+    bar.close()
+    if rank:
+        return
+    if os.path.exists(unfinished):
+        os.remove(unfinished)
+    loss_curve(history, os.path.join(args.out, f"{name}_loss.png"), math.log(V))
+    model = load_model(target, device)
+    shown = [held["captions"][i] for i in held["caption_index"][check].tolist()]
+    shown = (shown * 32)[:32]
+    chance = torch.Generator(device).manual_seed(args.seed)
+    drawn = draw(model, shown, orders(32, N, seeded(args.seed, "sheet")).to(device), chance)
+    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
+    sheet(tokenizer.decode(drawn), 8, scale=max(1, 128 // grid["size"])).save(os.path.join(args.out, f"{name}.png"))
+    print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
+          f"{args.out}/{name}.png: samples of {', '.join(map(repr, shown[:8]))}, ...\n"
+          f"next: python order_infer.py --out {args.out}" if name == "anyorder" else f"{target} is the raster baseline")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,199 @@
+"""The idea: a model that knows every order gets better when it may specialise in the orders it found itself.
+
+anyorder.py has learned all N! orders, order_infer.py has found one order for each training image. Here the model goes on
+training, from the weights of anyorder.pt, but each image now always arrives in its own order (arXiv 2504.17069,
+section 3.3). Two things are distilled at once:
+
+    loss = - mean_k log p(x_{o_k} | caption, past, o_k)        what is there: the content model sees the inferred orders
+           - mean_k log p(o_k | caption, past)                 where is next: the order head learns to choose them
+
+The second term is a softmax over the cells that are still free. With it, `sample.py --order learned` draws in an
+inferred order at the price of raster: one small head per step instead of one evaluation per free cell. And the head is
+the policy that the content model was trained with. (Let the finetuned model choose by its own confidence instead, and
+it will prefer other orders than those it has just specialised in.)
+
+--order chooses what to specialise in:
+
+    inferred   each image's own order from orders.pt                                   writes out/ordered.pt
+    class      the mean order of all training images with the same caption             writes out/ordered_class.pt
+    raster     left to right, top to bottom: the control that any other order has to beat       out/ordered_raster.pt
+
+reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
+run      python finetune.py                        MEASURED
+you see  the held-out loss in nats per token, in the orders of the validation images, fall below anyorder.pt's
+not here sampling (sample.py), comparing the orders (evaluate.py)
+"""
+
+import math
+import os
+import signal
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from anyorder import (DROP, AnyOrder, batch_of, join, learning_rate, load_model, loss_curve, open_tokens, precision,
+                      rank_of, raster_order, save_model, seeded)
+from data import UserError, arguments, fingerprint, load, pick_device, run, save
+from order_infer import check_model, load_orders
+
+
+def location_loss(where, order):
+    """Cross-entropy of the order head over free cells: where [B, N, N] logits, order [B, N] -> [B, N] nats per step.
+
+    At step k the cells of rank < k are drawn and get no probability; the last step has one free cell and loses 0."""
+    step = torch.arange(order.shape[1], device=order.device)
+    drawn = rank_of(order)[:, None, :] < step[None, :, None]               # [B, step, cell]
+    return F.cross_entropy(where.float().masked_fill(drawn, -math.inf).flatten(0, 1), order.flatten(),
+                           reduction="none").view(order.shape)
+
+
+def specialised_orders(kind, file, held, index):
+    """The order to train each of the images `index` (rows of tokens.pt) on: [n, N] int64."""
+    if kind == "inferred":
+        row = torch.full((len(held["tokens"]),), -1)
+        row[file["index"]] = torch.arange(len(file["index"]))
+        return file["order"][row[index]]
+    if kind == "class":
+        return file["caption_rank"].argsort(1)[held["caption_index"][index].long()]
+    return raster_order(len(index), held["tokens"].shape[1]).contiguous()
+
+
+@torch.no_grad()
+def check(model, tokens, words, order, batch=256):
+    """On images the model does not train on: (nats per token, nats per location, share of locations guessed)."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for i in range(0, len(tokens), batch):
+        t, o = tokens[i:i + batch], order[i:i + batch]
+        what, where = model(t, words[i:i + batch], o)
+        sums[0] += F.cross_entropy(what.flatten(0, 1).float(), t.gather(1, o).flatten(), reduction="sum").item()
+        sums[1] += location_loss(where, o).sum().item()
+        free = rank_of(o)[:, None, :] >= torch.arange(o.shape[1], device=o.device)[None, :, None]
+        sums[2] += (where.masked_fill(~free, -math.inf).argmax(-1) == o).sum().item()
+    return (sums / tokens.numel()).tolist()
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.set_defaults(data=None)
+    parser.add_argument("--order", choices=("inferred", "class", "raster"), default="inferred", help="what to specialise in")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step over all processes (default 64)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    args = parser.parse_args()
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
+    if not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0003")
+    device = pick_device(args.device)
+    rank, world = join(device)
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: give a multiple of {world}")
+    held = open_tokens(args.out, args.data)
+    source = os.path.join(args.out, "anyorder.pt")
+    start_model = load_model(source, device)
+    check_model(start_model, source, held)
+    file = load_orders(os.path.join(args.out, "orders.pt"), held)
+
+    torch.manual_seed(args.seed)                                           # the order head is new
+    model = AnyOrder({**start_model.config, "order_head": True}).to(device)
+    model.load_state_dict(start_model.state_dict(), strict=False)
+    tokens = held["tokens"].to(device)
+    captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
+    train, val = (file["index"][held["split"][file["index"]] == part] for part in (0, 1))
+    val = val if len(val) else train[:512]
+    order = specialised_orders(args.order, file, held, train).to(device)
+    val_order = specialised_orders(args.order, file, held, val).to(device)
+    N, V = model.N, model.V
+
+    name = "ordered" if args.order == "inferred" else "ordered_" + args.order
+    target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
+    made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
+                 "model": fingerprint(start_model.state_dict())}
+    settings = {key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "seed")}
+    kind = precision(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    step, best, history, seconds = 0, math.inf, [], 0.0
+    if args.resume:
+        state = load(unfinished, "unfinished", "python finetune.py without --resume")
+        if state["config"] != settings or state["made_from"] != made_from:
+            raise UserError(f"{unfinished} was begun with other settings or files: repeat its flags, or leave out --resume")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    def evaluate():
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            return check(model, tokens[val], captions[val], val_order)
+
+    def remember():
+        save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
+                          "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                          "history": history, "seconds": seconds})
+
+    if rank == 0:
+        print(f"{len(train):,} images in {args.order} order, {len(val)} to check; before: {evaluate()[0]:.3f} nats per token")
+    stop = []                                          # Ctrl-C: finish the step, save, leave; twice: leave at once
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    saved = time.time()
+    bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    while step < args.steps:
+        start = time.time()
+        pick = batch_of(step, args.batch, len(train), args.seed)[rank::world].to(device)
+        told = (torch.rand(args.batch, 1, generator=seeded(args.seed, step)) >= DROP)[rank::world].to(device)
+        o, t = order[pick], tokens[train.to(device)[pick]]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            what, where = parallel(t, captions[train.to(device)[pick]] * told, o)          # [B, N, V], [B, N, N]
+            loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
+            place = location_loss(where, o).mean()
+        (loss + place).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(loss.item() + place.item()):
+            raise UserError(f"the loss is {loss.item()} at step {step}: {target} keeps the last good model; "
+                            f"try --lr {args.lr / 3:.2g}")
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        seconds += time.time() - start
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
+        if step % max(1, args.steps // 8) == 0 or step == args.steps:
+            value, nats, hits = evaluate()
+            history.append((step, loss.item(), value))
+            bar.write(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
+                      f"{nats:.3f} nats, {hits:.0%} right" + ("  best" if value < best else ""))
+            if value < best:
+                best = value
+                if rank == 0:
+                    save_model(target, model, made_from=made_from, order=args.order, step=start_model.about["step"] + step,
+                               held_out=value, batch=args.batch, data=held["config"]["data"],
+                               tokens_seen=start_model.about["tokens_seen"] + step * args.batch * N,
+                               seconds=start_model.about["seconds"] + seconds,
+                               caption_rank=file["caption_rank"], captions=held["captions"],
+                               score=file["config"]["score"], distance=file["config"]["distance"])
+        if rank == 0 and (stop or time.time() - saved > 60):
+            remember()
+            saved = time.time()
+        if stop:
+            bar.close()
+            print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
+            raise KeyboardInterrupt
+    bar.close()
+    if rank:
+        return
+    if os.path.exists(unfinished):
+        os.remove(unfinished)
+    loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
+    print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
+          f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
+
+
+if __name__ == "__main__":
+    run(main)
