@@ -15,10 +15,6 @@ grid and as seen from the last one (the paper's double position):
                    |                 |                    |
     predicts       x_{o_0}           x_{o_1}              x_{o_2}
 
-One departure from the paper, and why. `what, where` enters below the first layer, `next` only above layer `enter`. The
-layers below it read the picture so far and do not depend on which cell comes next; so when every free cell is tried as
-the next one (order_infer.py), they are evaluated once and not once per candidate.
-
 reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
 run      python anyorder.py                        built-in sunsets, MEASURED on two CPU cores
@@ -129,8 +125,8 @@ class Block(nn.Module):
 class AnyOrder(nn.Module):
     """The any-given-order transformer.
 
-    config: rows, cols (grid), codebook V, width D (a multiple of 32), layers, enter (layers below the one at which the
-    next location enters; 0 is the paper's form), order_head (bool), words (list of str, the vocabulary), caption_length L.
+    config: rows, cols (grid), codebook V, width D (a multiple of 32), layers, order_head (bool), words (list of str, the
+    vocabulary), caption_length L.
     tokens [B, N] int64 in 0..V-1, always in raster layout; order [B, N] int64 permutations; captions: B strings.
     """
 
@@ -138,7 +134,7 @@ class AnyOrder(nn.Module):
         super().__init__()
         self.config = dict(config)
         rows, cols, V, D = config["rows"], config["cols"], config["codebook"], config["width"]
-        self.N, self.V, self.enter = rows * cols, V, config["enter"]
+        self.N, self.V = rows * cols, V
         self.content = nn.Embedding(V + 1, D)                              # V: start, nothing was drawn yet
         self.at = nn.Embedding(self.N + 1, D)                              # N: nowhere yet
         self.next = nn.Embedding(self.N, D)
@@ -186,25 +182,22 @@ class AnyOrder(nn.Module):
 
     def forward(self, tokens, words, order):
         """tokens [B, N], words [B, L], order [B, N] -> (what [B, N, V], where [B, N, N] or None): at each step k, logits
-        for the content of cell o_k, and, where the model has an order head, logits for o_k itself. The second knows
-        neither o_k nor what lies there: it reads the layers below the next location at step k and the top of step k - 1.
+        for the content of cell o_k, and, where the model has an order head, logits for o_k itself. The second must not
+        know o_k: it reads the output of step k - 1 and what was drawn there, and nothing of step k.
         """
-        B, L = words.shape
-        drawn = tokens.gather(1, order)                                    # [B, N], content by step
-        last = torch.cat((drawn.new_full((B, 1), self.V), drawn[:, :-1]), 1)
-        cell = torch.cat((order.new_full((B, 1), self.N), order[:, :-1]), 1)
-        x = torch.cat((self.embed_words(words), self.embed_drawn(last, cell)), 1)          # [B, L + N, D]
-        following = F.pad(self.embed_next(cell, order), (0, 0, L, 0))      # words have no next cell
-        for i, block in enumerate(self.blocks):
-            if i == self.enter:
-                below, x = x, x + following
+        L = words.shape[1]
+        content = tokens.gather(1, order)                                  # [B, N], by step
+        drawn = self.embed_drawn(F.pad(content[:, :-1], (1, 0), value=self.V), F.pad(order[:, :-1], (1, 0), value=self.N))
+        following = self.embed_next(F.pad(order[:, :-1], (1, 0), value=self.N), order)
+        x = torch.cat((self.embed_words(words), drawn + following), 1)     # [B, L + N, D]
+        for block in self.blocks:
             x = block(x)
-        top = self.norm(x)
-        where = self.next_location(below[:, L:], top[:, L - 1:-1]) if self.config["order_head"] else None
-        return self.head(top[:, L:]), where
+        x = self.norm(x)
+        where = self.next_location(drawn, x[:, L - 1:-1]) if self.config["order_head"] else None
+        return self.head(x[:, L:]), where
 
-    def next_location(self, below, top):
-        return self.where(torch.cat((F.layer_norm(below, below.shape[-1:]), top), -1))     # [..., N]
+    def next_location(self, drawn, before):
+        return self.where(torch.cat((F.layer_norm(drawn, drawn.shape[-1:]), before), -1))  # [..., N]
 
     def log_probs(self, tokens, captions, order):
         """log p of the content at each step k of `order`, in nats: [B, N]. Their sum over k is exact, not a bound."""
@@ -236,47 +229,32 @@ class Drawing:
             q, k, v = block.split(x)
             self.k[i, :, :, :L], self.v[i, :, :, :L] = k, v
             x = block.merge(x, fused_attention(q, k, v))
-        self.top = model.norm(x)[:, -1:]                                   # [B, 1, D], the output of the last step
-        self.below(words.new_full((B,), model.V), words.new_full((B,), model.N))
-
-    def below(self, token, cell):
-        """The layers that do not know the next location read what was drawn last; their cache grows by one input."""
-        self.cell = cell
-        x = self.model.embed_drawn(token, cell)[:, None]                   # [B, 1, D]
-        for i, block in enumerate(self.model.blocks[:self.model.enter]):
-            x = self.attend(i, block, x)
-            self.keep(i, self.k_new[:, :, 0], self.v_new[:, :, 0])
-        self.x = x
-
-    def attend(self, i, block, x):
-        q, self.k_new, self.v_new = block.split(x)                         # [B, heads, C, d]
-        return block.merge(x, candidate_attention(q, self.k_new, self.v_new,
-                                                  self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]))
+        self.before = model.norm(x)[:, -1:]                                # [B, 1, D], the output of the last step
+        self.cell = words.new_full((B,), model.N)                          # nothing is drawn yet, nowhere
+        self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell[:, None])
 
     def look(self, cells):
-        x = self.x + self.model.embed_next(self.cell[:, None], cells)      # [B, C, D]
+        x = self.drawn + self.model.embed_next(self.cell[:, None], cells)  # [B, C, D]
         self.cells, self.offered = cells, []
-        for i, block in enumerate(self.model.blocks[self.model.enter:], self.model.enter):
-            x = self.attend(i, block, x)
-            self.offered.append((self.k_new, self.v_new))
-        self.tops = self.model.norm(x)                                     # [B, C, D]
-        return self.model.head(self.tops)
-
-    def next_location(self):
-        """The order head's logits for the next cell, drawn ones included: [B, N]."""
-        return self.model.next_location(self.x, self.top)[:, 0]
-
-    def keep(self, i, k, v):
-        self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k, v            # [B, heads, d]
+        for i, block in enumerate(self.model.blocks):
+            q, k, v = block.split(x)                                       # [B, heads, C, d]
+            x = block.merge(x, candidate_attention(q, k, v, self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]))
+            self.offered.append((k, v))
+        self.after = self.model.norm(x)                                    # [B, C, D]
+        return self.model.head(self.after)
 
     def place(self, choice, token):
         row = torch.arange(len(choice), device=choice.device)
-        for i, (k, v) in enumerate(self.offered, self.model.enter):
-            self.keep(i, k[row, :, choice], v[row, :, choice])
-        self.top = self.tops[row, choice][:, None]
+        for i, (k, v) in enumerate(self.offered):
+            self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k[row, :, choice], v[row, :, choice]
         self.t += 1
-        if self.t < self.k.shape[3]:                                       # after the last cell nothing follows
-            self.below(token, self.cells[row, choice])
+        self.before = self.after[row, choice][:, None]
+        self.cell = self.cells[row, choice]
+        self.drawn = self.model.embed_drawn(token, self.cell)[:, None]     # [B, 1, D]
+
+    def next_location(self):
+        """The order head's logits for the next cell, drawn ones included: [B, N]."""
+        return self.model.next_location(self.drawn, self.before)[:, 0]
 
 
 @torch.inference_mode()
@@ -324,6 +302,18 @@ def join(device):
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def on_interrupt():
+    """A list that the first Ctrl-C fills: finish the step, save, leave. The second one leaves at once."""
+    asked = []
+
+    def handler(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return asked
 
 
 def precision(device):
@@ -427,24 +417,19 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("random", "raster"), default="random",
                         help="random: any given order; raster: the baseline that draws left to right, top to bottom")
-    parser.add_argument("--steps", type=int, default=900, help="training steps (default 900)")
-    parser.add_argument("--batch", type=int, default=64, help="images per step over all processes (default 64)")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps (default 1200)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 0.0015)")
     parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32 (default 128)")
     parser.add_argument("--layers", type=int, default=6, help="transformer layers (default 6)")
-    parser.add_argument("--enter", type=int, default=2,
-                        help="layers below the one where the next location enters; 0 is the paper's form (default 2)")
     parser.add_argument("--limit", type=int, default=0, help="train on the first N training images only (0: all)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
-    for name, least in (("steps", 1), ("batch", 1), ("layers", 1), ("enter", 0), ("limit", 0)):
+    for name, least in (("steps", 1), ("batch", 1), ("layers", 1), ("limit", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least {least}")
     if args.width < HEAD or args.width % HEAD:
         raise UserError(f"--width {args.width} is not a multiple of {HEAD}: try {max(1, round(args.width / HEAD)) * HEAD}")
-    if args.enter >= args.layers:
-        raise UserError(f"--enter {args.enter} must be below --layers {args.layers}: "
-                        f"the next location has to reach a layer")
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.001")
     device = pick_device(args.device)
@@ -467,7 +452,7 @@ def main():
     words, length = vocabulary(held)
     torch.manual_seed(args.seed)
     model = AnyOrder({"rows": grid["rows"], "cols": grid["cols"], "codebook": V, "width": args.width,
-                      "layers": args.layers, "enter": args.enter, "order_head": False, "words": words, "caption_length": length}).to(device)
+                      "layers": args.layers, "order_head": False, "words": words, "caption_length": length}).to(device)
     captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
     tokens = held["tokens"].to(device)
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
@@ -504,10 +489,9 @@ def main():
                           "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
                           "history": history, "seconds": seconds})
 
-    stop = []                                          # Ctrl-C: finish the step, save, leave; twice: leave at once
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    saved = time.time()
+    stop, saved = on_interrupt(), time.time()
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    say = (lambda line: None) if rank else bar.write
     while step < args.steps:
         start = time.time()
         chance = seeded(args.seed, step)
@@ -535,7 +519,7 @@ def main():
             with torch.autocast(device.type, kind, enabled=kind != torch.float32):
                 value = held_out(model, tokens[check], captions[check], check_order)
             history.append((step, loss.item(), value))
-            bar.write(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token"
+            say(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token"
                       + ("  best" if value < best else ""))
             if value < best:
                 best = value

@@ -1,29 +1,30 @@
-"""The idea: which drawing order is better is a question of evidence, so every order is measured in the same way.
+"""The idea: which order draws better is a question of evidence, so every order is measured in the same way.
 
-For each (model, order) the same captions are drawn, the same held-out images are scored, and one table is printed:
+Each (model, order) draws the same captions and scores the same held-out images; one table compares them:
 
-    nats per token     - 1/N sum_k log p(x_{o_k} | past) on held-out images: exact, for every order that is chosen from
+    nats/token         - 1/N sum_k log p(x_{o_k} | past) on held-out images: exact for every order that is chosen from
                        the past alone. No judge and no noise, but it does not say whether the images look right
-    Frechet            |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of the features of drawn and held-out images
-                       ("to recon": to held-out images as the tokenizer renders them, which takes its own loss out)
-    KID                the same question by an unbiased kernel estimate (Binkowski et al. 2018)
+    Frechet            |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) between features of drawn and of held-out images
+                       ("to recon": of held-out images as the tokenizer renders them, which takes its own loss out)
+    KID                the same question by an unbiased kernel estimate (Binkowski et al. 2018), times 1000
     precision, recall  share of drawn images that lie among held-out ones, and the reverse (Kynkaanniemi et al. 2019)
-    class seen         how often the judge network sees the caption that was asked for
-    LPIPS              distance to the truth where the upper half is given and the model draws the lower (lower is better)
-    step, touches ...  what the order looks like; and what it costs
+    class seen         how often the judge network names the caption that was asked for
+    LPIPS              distance to the truth where the upper half is given and the model draws the lower half
+    step, touches ...  what the order looks like, and what training and drawing cost
 
-Without weights to load, the features are those of a small *judge* network trained here on the data itself. Such a
+Without weights to load, the features are those of a small *judge* network, trained here on the data itself. Such a
 distance ranks models on one data set; it is never called FID. `--inception` takes the network that defines FID.
 
 reads    models (.pt of anyorder.py and finetune.py), out/tokenizer.pt, the images
-writes   out/judge.pt, out/results.json, out/results.png (the table as a picture), out/compare.png (the same captions
-         drawn in each order, the order beside each image)
+writes   out/judge.pt, out/results.json, out/results.png (main figures as bars), out/compare.png (the same captions drawn
+         in each order, with the orders)
 run      python evaluate.py                                            MEASURED
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
-you see  the table, row by row; a line below it that says whether the judge can be trusted
-not here training the models (anyorder.py, finetune.py); image quality in the eyes of people
+you see  the table, and below it whether the judge can be trusted
+not here training the models (anyorder.py, finetune.py); what people think of the images
 """
 
+import collections
 import json
 import math
 import os
@@ -38,29 +39,37 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from anyorder import load_model, rank_of
-from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable,
-                  render_sunset, run, save, sheet, to_float, to_uint8)
+from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable, render_sunset,
+                  run, save, sheet, to_float, to_uint8)
 from order_infer import order_maps
 from sample import ORDERS, generate
 from tokenizer import load_tokenizer
 
-HELD_OUT = 10_000    # held-out images that are compared with, at most (or --n, where that is more)
+HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
+KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
 LEAST = 16           # fewer images have no covariance and no neighbours worth the name
-GIVEN = 256          # completions per row, at most
-RANKS = 256          # held-out images whose orders are compared between rows, at most
-# What a model is asked for when --models names no order: what it was trained for, and what the table is about.
-# "frozen" is "inferred", but the any-order model chooses the cells whose orders the finetuned model has learned from
+SAMPLE = 256         # completions per row, and orders that are compared between rows, at most
+# What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
+# any-order model, from whose choices the finetuned one has learned
 SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"], "inferred": ["learned", "frozen", "inferred"]}
+COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
+           "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
+           "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
+           "recall": ("recall", ".3f"), "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f")}
+MORE = {"step": ("step length", ".2f"), "touches": ("touches drawn", ".3f"), "sun_first": ("sun < cloud", ".3f"),
+        "glitter_last": ("sun < glitter", ".3f"), "train_steps": ("training steps", ",d"),
+        "tokens_seen": ("tokens seen", ",d"), "train_seconds": ("training s", ",.0f"),
+        "evaluations": ("evaluations/image", ",.0f")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distances between sets of features [n, f]. All in blocks: 50,000 images of 2,048 features stay below 4 GB.
 
 
 def moments(x, chunk=8192):
-    """Features [n, f] -> mean [f] and root [min(n - 1 or so, f), f] with root^T root = covariance; float64.
+    """Features [n, f] -> mean [f] and root [<= f, f] with root^T root = covariance (over n - 1); float64.
 
-    A QR decomposition, chunk by chunk, of the centred features: squaring them first (a covariance matrix) would lose
-    half of the digits, and float32 more."""
+    Chunk by chunk, a QR decomposition of the centred features: a covariance matrix would square them first and lose
+    half of the digits."""
     mean = x.mean(0, dtype=torch.float64)
     root = torch.empty(0, x.shape[1], dtype=torch.float64)
     for part in x.split(chunk):
@@ -69,41 +78,40 @@ def moments(x, chunk=8192):
 
 
 def frechet(p, q):
-    """Frechet distance of two Gaussians, each as `moments` gives it: a float.
+    """Frechet distance of two Gaussians, each as `moments` gives it: a float >= 0.
 
-    With S = R^T R, tr sqrt(S1 S2) is the nuclear norm (the sum of singular values) of R1 R2^T. No matrix square root:
-    `sqrtm` of a singular product, which any n < f gives, turns complex or wrong."""
+    With S = R^T R, tr sqrt(S1 S2) is the nuclear norm (sum of singular values) of R1 R2^T. No matrix square root: that
+    of a singular product, which any n < f gives, turns complex or wrong."""
     (mean1, root1), (mean2, root2) = p, q
     cross = torch.linalg.svdvals(root1 @ root2.T).sum()
     return max(0.0, ((mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * cross).item())
 
 
 def frechet_distance(a, b):
-    """Frechet distance of features a [n, f] and b [m, f], any float type, n and m >= 2, also below f: a float >= 0.
-    FID if the features are those of the 2015 Inception network (Heusel et al. 2017), and only then."""
+    """Frechet distance of features a [n, f] and b [m, f], of any float type, n and m >= 2 and also below f: a float.
+    It is FID if the features are those of the 2015 Inception network (Heusel et al. 2017), and only then."""
     return frechet(moments(a), moments(b))
 
 
 def kernel_distance(a, b, block=2048):
-    """KID: unbiased squared MMD with the kernel (x.y / f + 1)^3, over all pairs (no random subsets), so it may be
-    slightly negative. Features [n, f], [m, f] -> float."""
+    """KID, the unbiased squared MMD of features a [n, f] and b [m, f] with kernel (x.y / f + 1)^3: a float, which may be
+    slightly negative. Over all pairs, where the usual code averages random subsets."""
     def total(x, y):
         return sum(((u.double() @ v.double().T / x.shape[1] + 1) ** 3).sum().item()
                    for u in x.split(block) for v in y.split(block))
 
-    def own(x):                                        # without i = j: this is what makes the estimate unbiased
-        same = ((x.square().sum(1, dtype=torch.float64) / x.shape[1] + 1) ** 3).sum().item()
+    def within(x):                                     # pairs i != j only: this is what makes the estimate unbiased
+        same = ((x.double().square().sum(1) / x.shape[1] + 1) ** 3).sum().item()
         return (total(x, x) - same) / (len(x) * (len(x) - 1))
-    return own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b))
+    return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
 def precision_recall(real, drawn, k=3, block=1024):
-    """Share of `drawn` [m, f] that lie within the k-th nearest neighbour ball of any image of `real` [n, f], and the
-    reverse: (precision, recall), two floats in 0..1. Precision is quality, recall is diversity."""
-    centre = real.mean(0)
-    real, drawn = real - centre, drawn - centre        # distances stay, float32 loses less
+    """Share of `drawn` [m, f] within the k-th nearest neighbour ball of any of `real` [n, f], and the reverse: (precision,
+    recall) in 0..1. Precision is quality, recall is diversity."""
+    real, drawn = real - real.mean(0), drawn - real.mean(0)                # the distances stay, float32 loses less
 
-    def radii(x):                                      # the nearest of all is the image itself
+    def radii(x):                                      # k + 1, as the nearest of all is the image itself
         return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(block)])
 
     def covered(points, x, radius):
@@ -112,24 +120,23 @@ def precision_recall(real, drawn, k=3, block=1024):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LPIPS: distance between two images
+# LPIPS, a distance between two images
 
 
 def lpips(x, y, net):
-    """LPIPS v0.1 (Zhang et al. 2018, eq. 1): sum over layers of mean over places of w . (x/|x| - y/|y|)^2.
+    """LPIPS v0.1 (Zhang et al. 2018, eq. 1): sum over layers of the mean over places of w . (x / |x| - y / |y|)^2.
 
-    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]) -> [B]; 0 for equal images. `net` has .activations(images), a list
-    of [B, C, h, w], and .weights, a list of [C]."""
+    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]) -> [B], 0 for equal images. `net` has .activations(images), a list
+    of [B, C, h, w], and .weights, a list of [C] (or [1], the same for all channels)."""
     total = 0
     for a, b, w in zip(net.activations(x), net.activations(y), net.weights):
         a, b = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (a, b))
-        total = total + ((a - b).square() * w.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+        total = total + ((a - b).square() * w.to(a).view(1, -1, 1, 1)).sum(1).mean((1, 2))
     return total
 
 
 class AlexNet(nn.Module):
-    """The convolutions of torchvision's `alexnet` under their names there, and LPIPS' linear weights on top."""
-    name = "LPIPS"
+    """The convolutions of torchvision's alexnet, under their names there."""
 
     def __init__(self):
         super().__init__()
@@ -137,65 +144,61 @@ class AlexNet(nn.Module):
             nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(),
             nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
             nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU())
-        self.weights = [torch.zeros(c) for c in (64, 192, 384, 256, 256)]
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def activations(self, images):
-        x, out = (images - self.shift) / self.scale, []            # v0.0 forgot this step; v0.1 is the one to report
+        shift, scale = (torch.tensor(v).view(3, 1, 1).to(images) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
+        x, out = (images - shift) / scale, []          # v0.0 of LPIPS forgot this step
         for layer in self.features:
             x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                out.append(x)
+            out += [x] if isinstance(layer, nn.ReLU) else []
         return out
 
 
 def load_lpips(backbone, linear, device="cpu"):
-    """AlexNet with the weights of torchvision's alexnet (`backbone`) and of the lpips package's v0.1/alex.pth
-    (`linear`). Strict: a missing, additional or misshapen weight would give plausible, wrong distances. UserError."""
+    """AlexNet with the weights of torchvision's alexnet (`backbone`) and .weights from the lpips package's v0.1/alex.pth
+    (`linear`). Strict, since a missing or additional weight would give plausible, wrong distances: UserError."""
     net = AlexNet()
-    for path, kind in ((backbone, "torchvision's alexnet"), (linear, "the linear weights of LPIPS v0.1 for alex")):
+    shapes = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+    for path, what in ((backbone, "the weights of torchvision's alexnet"), (linear, "LPIPS' linear weights v0.1 for alexnet")):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if path == backbone:
                 net.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
-            else:
-                shapes = {f"lin{i}.model.1.weight": (1, len(w), 1, 1) for i, w in enumerate(net.weights)}
-                if {k: tuple(v.shape) for k, v in state.items()} != shapes:
-                    raise ValueError
-                net.weights = [state[k].flatten().to(device) for k in shapes]
+            elif {k: tuple(v.shape) for k, v in state.items()} != shapes:
+                raise ValueError
         except Exception:                              # a foreign file fails in a hundred ways
-            raise UserError(f"{printable(path)} does not hold {kind}: give --lpips-backbone alexnet.pth "
-                            f"--lpips-linear alex.pth") from None
+            raise UserError(f"{printable(path)} does not hold {what}: --lpips-backbone takes torchvision's alexnet .pth, "
+                            "--lpips-linear the lpips package's weights/v0.1/alex.pth") from None
+    net.weights = [state[k].flatten() for k in shapes]
     return net.requires_grad_(False).eval().to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features: the Inception network that defines FID, or a judge trained on the data
+# Features: the network that defines FID, or a judge trained on the data
 
 
 def load_inception(path, device="cpu"):
-    """A TorchScript file with the interface of inception-2015-12-05.pt -> (name, function of uint8 images [B, 3, H, W]
-    to features [B, f]). The file does its own resizing: another resize gives another FID. UserError for other files."""
+    """A TorchScript file with the interface of inception-2015-12-05.pt -> (name of its Frechet distance, function of
+    uint8 images [B, 3, H, W] to features [B, f]). The network resizes by itself: images go in as they are, since another
+    resize gives another FID. UserError for other files."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")            # newer torch calls TorchScript old
+            warnings.simplefilter("ignore")            # torch 2.13 calls TorchScript old; the published file is one
             net = torch.jit.load(path, map_location=device).eval()
         with torch.no_grad():
             f = net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
         if f.dim() != 2 or len(f) != 2 or not f.is_floating_point():
             raise ValueError
     except Exception:
-        raise UserError(f"{printable(path)} is not a network as inception-2015-12-05.pt, a TorchScript file that maps uint8 "
-                        f"images to features by return_features=True: leave --inception out to use a judge") from None
-    # torchvision's Inception and others have their own distances: only 2,048 features of this interface are named FID
-    name = "FID" if f.shape[1] == 2048 else f"Frechet/{os.path.basename(path)[:12]}"
+        raise UserError(f"{printable(path)} is not a network like inception-2015-12-05.pt (TorchScript, uint8 images to "
+                        "features by return_features=True): leave out --inception to use a judge") from None
+    name = "FID" if f.shape[1] == 2048 else "Frechet"  # any other features are not to be called FID
     return name, lambda images: net(images, return_features=True).float()
 
 
 class Judge(nn.Module):
-    """A small convolutional network. config: task "captions" or "rotations", classes (list of str), width."""
-    name = "LPIPS-judge"                               # the formula of LPIPS, another network
+    """A small convolutional network. config: task ("captions" or "rotations"), classes (list of str), width."""
+    weights = [torch.ones(1)] * 4                      # for `lpips`: all channels count the same
 
     def __init__(self, config):
         super().__init__()
@@ -203,15 +206,9 @@ class Judge(nn.Module):
         sizes = [3, w, 2 * w, 4 * w, 4 * w]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2 if a > 3 else 1, 1) for a, b in zip(sizes, sizes[1:]))
         self.head = nn.Linear(4 * w, len(config["classes"]))
-        for i, size in enumerate(sizes[1:]):
-            self.register_buffer(f"weight{i}", torch.ones(size), persistent=False)
-
-    @property
-    def weights(self):
-        return [getattr(self, f"weight{i}") for i in range(len(self.convs))]
 
     def activations(self, images):
-        """images [B, 3, H, W] float in [-1, 1] -> four [B, C, h, w]. Images beyond 64 pixels are averaged down to 64."""
+        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]. Larger ones are first averaged down to 64 pixels."""
         x, out = images if images.shape[-1] <= 64 else F.adaptive_avg_pool2d(images, 64), []
         for conv in self.convs:
             x = F.relu(conv(x))
@@ -219,21 +216,18 @@ class Judge(nn.Module):
         return out
 
     def features(self, images):
-        return self.activations(images)[-1].mean((2, 3))                                   # [B, 4 w]
+        return self.activations(images)[-1].mean((2, 3))                   # [B, 4 w]
 
     def forward(self, images):
         return self.head(self.features(images))
 
 
 def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
-    """A Judge for these images: it learns to name captions where there are 2 to 200 with at least 20 images each, else to
+    """A Judge of these images: it learns to name captions where there are 2 to 200 with at least 20 images each, else to
     tell by how many quarter turns an image was rotated (Gidaris et al. 2018). Repeatable by seed."""
-    counts = {}
-    for caption in dataset.captions:
-        counts[caption] = counts.get(caption, 0) + 1
+    counts = collections.Counter(dataset.captions)
     named = 2 <= len(counts) <= 200 and min(counts.values()) >= 20
     classes = sorted(counts) if named else ["0", "90", "180", "270"]
-    number = {name: i for i, name in enumerate(classes)}
     torch.manual_seed(seed)
     judge = Judge({"task": "captions" if named else "rotations", "classes": classes, "width": width}).to(device)
     chance = torch.Generator().manual_seed(seed)
@@ -241,13 +235,10 @@ def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
     with tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True) as bar:
         for step in bar:
             items = [dataset[i] for i in torch.randint(len(dataset), (batch,), generator=chance).tolist()]
-            images = torch.stack([image for image, _ in items])
-            if named:
-                label = torch.tensor([number[caption] for _, caption in items])
-            else:
-                label = torch.randint(4, (batch,), generator=chance)
-                images = torch.stack([image.rot90(turns, (1, 2)) for image, turns in zip(images, label.tolist())])
-            loss = F.cross_entropy(judge(to_float(images).to(device)), label.to(device))
+            turns = torch.randint(4, (batch,), generator=chance).tolist()
+            label = torch.tensor([classes.index(caption) for _, caption in items] if named else turns, device=device)
+            images = torch.stack([image if named else image.rot90(k, (1, 2)) for (image, _), k in zip(items, turns)])
+            loss = F.cross_entropy(judge(to_float(images).to(device)), label)
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
@@ -257,80 +248,77 @@ def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
 
 
 def open_judge(out, dataset, size, seed, device):
-    """The judge for these images, from out/judge.pt where that was made for the same data, else trained and kept."""
-    path, made_from = os.path.join(out, "judge.pt"), {"data": dataset.fingerprint, "size": size, "seed": seed}
-    if os.path.exists(path):
-        file = load(path, "judge", f"rm {printable(path)}")
-        if file["made_from"] == made_from:
-            judge = Judge(file["config"])
-            judge.load_state_dict(file["model"])
-            return judge.requires_grad_(False).eval().to(device)
+    """The judge from out/judge.pt where that was made of the same data, else a new one, kept there."""
+    path, made_from = os.path.join(out, "judge.pt"), {"data": dataset.fingerprint, "size": str(size), "seed": str(seed)}
+    file = load(path, "judge", f"rm {printable(path)}") if os.path.exists(path) else {"made_from": None}
+    if file["made_from"] == made_from:
+        judge = Judge(file["config"])
+        judge.load_state_dict(file["model"])
+        return judge.requires_grad_(False).eval().to(device)
     judge = train_judge(dataset, seed, device=device)
     save(path, {"kind": "judge", "version": 1, "config": judge.config, "made_from": made_from, "model": judge.state_dict()})
     return judge
 
 
 def corrupted(images, how, strength, chance):
-    """uint8 images [B, 3, S, S] made worse. noise: standard deviation `strength` on the scale of [-1, 1]; blur: Gaussian
-    of `strength` 32nds of the image; shuffle: this share of 4x4 patches change places."""
+    """uint8 images [B, 3, S, S] made worse. noise: of standard deviation `strength` on the scale [-1, 1]; blur: Gaussian,
+    `strength` 32nds of the side; shuffle: this share of the 4x4 patches change places."""
     B, _, S, _ = images.shape
     x = to_float(images)
     if how == "noise":
-        x = x + strength * torch.randn(x.shape, generator=chance)
-    elif how == "blur":
+        return to_uint8(x + strength * torch.randn(x.shape, generator=chance))
+    if how == "blur":
         sigma = strength * S / 32
-        reach = math.ceil(3 * sigma)
+        reach = min(math.ceil(3 * sigma), S)
         bell = (-torch.arange(-reach, reach + 1).square() / (2 * sigma ** 2)).exp()
         bell = (bell / bell.sum()).expand(3, 1, -1)
         x = F.pad(x, (reach,) * 4, mode="replicate")
-        x = F.conv2d(F.conv2d(x, bell[:, :, None], groups=3), bell[..., None], groups=3)
-    else:
-        side = S // 4
-        patch = x[..., :4 * side, :4 * side].unfold(2, side, side).unfold(3, side, side)   # [B, 3, 4, 4, side, side]
-        patch = patch.flatten(2, 3).transpose(1, 2).clone()                                # [B, 16, 3, side, side]
-        who = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]     # they pass places around
-        row = torch.arange(B)[:, None]
-        patch[row, who] = patch[row, who.roll(1, 1)]
-        x = x.clone()
-        x[..., :4 * side, :4 * side] = patch.view(B, 4, 4, 3, side, side).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, 4 * side, -1)
+        return to_uint8(F.conv2d(F.conv2d(x, bell[:, :, None], groups=3), bell[..., None], groups=3))
+    side = S // 4
+    patches = x[..., :4 * side, :4 * side].unfold(2, side, side).unfold(3, side, side).flatten(2, 3).transpose(1, 2).clone()
+    who = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]         # these pass places around
+    row = torch.arange(B)[:, None]
+    patches[row, who] = patches[row, who.roll(1, 1)]                       # [B, 16, 3, side, side]
+    x[..., :4 * side, :4 * side] = patches.view(B, 4, 4, 3, side, side).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, 4 * side, -1)
     return to_uint8(x)
 
 
 def validate_judge(features, images, seed=0):
-    """Can this distance be trusted? features: function of uint8 images to [B, f]; images [n, 3, S, S] uint8, real.
+    """Can a distance in these features be trusted? features: uint8 images -> [B, f]; images [n, 3, S, S] uint8, real.
 
-    One half of the images, made worse in three ways and three strengths, is compared with the other half. Returns a
-    dict: real (distance of the two halves), noise, blur, shuffle (three distances each), ratio (the mildest damage
-    over `real`), ok: each series rises strictly, and ratio >= 20."""
+    One half of the images, damaged in three ways at three strengths, is compared with the other half. Returns a dict:
+    real (distance of the two halves), noise, blur, shuffle (three distances each), ratio (the mildest damage over
+    real) and ok: each of the three rises strictly, and ratio is at least 20."""
     chance = torch.Generator().manual_seed(seed)
     half = len(images) // 2
     target = moments(features(images[half:2 * half]))
     report = {"real": frechet(moments(features(images[:half])), target)}
-    strengths = {"noise": (0.2, 0.4, 0.8), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
-    for how, three in strengths.items():
-        report[how] = [frechet(moments(features(corrupted(images[:half], how, s, chance))), target) for s in three]
-    rises = all(report["real"] < report[how][0] < report[how][1] < report[how][2] for how in strengths)
-    report["ratio"] = min(report[how][0] for how in strengths) / max(report["real"], 1e-12)
-    return {**report, "ok": rises and report["ratio"] >= 20}
+    damage = {"noise": (0.2, 0.4, 0.8), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
+    for how, strengths in damage.items():
+        report[how] = [frechet(moments(features(corrupted(images[:half], how, s, chance))), target) for s in strengths]
+    report["ratio"] = min(report[how][0] for how in damage) / max(report["real"], 1e-12)
+    report["ok"] = report["ratio"] >= 20 and all(a < b < c for a, b, c in (report[how] for how in damage))
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What an order does. order [B, N] visit lists, rank [B, N] steps; each returns a float
+# What an order does. order [B, N] visit lists, rank [B, N] steps
 
 
 def step_length(order, cols):
-    """Mean distance from one cell to the next, in cells. On a 3x3 grid raster gives (6 * 1 + 2 * sqrt(5)) / 8 = 1.309."""
-    row, col = order // cols, order % cols
-    return torch.hypot(row.diff(dim=1).double(), col.diff(dim=1).double()).mean().item()
+    """Mean distance from a cell to the next, in cells: a float. Raster on 3x3: (6 * 1 + 2 * sqrt(5)) / 8 = 1.309."""
+    return torch.hypot((order // cols).diff(dim=1).double(), (order % cols).diff(dim=1).double()).mean().item()
 
 
 def touching(rank, rows, cols):
-    """Share of steps, after the first, whose cell has a drawn one among its 8 neighbours. Raster gives 1. The rank
-    0 6 1
-    7 8 4     gives 5/8: the cells of steps 1, 2 and 3 touch nothing that is drawn
-    2 5 3"""
+    """Share of steps, without the first, whose cell has a drawn one among its 8 neighbours. Raster gives 1; the rank
+
+        0 6 1
+        7 8 4    gives 5/8: the cells of steps 1, 2 and 3 touch nothing drawn
+        2 5 3
+    """
     grid = rank.view(-1, 1, rows, cols).double()
-    earliest = -F.max_pool2d(-grid, 3, 1, 1)                               # of the cell itself and its neighbours
+    earliest = -F.max_pool2d(-grid, 3, 1, 1)           # of each cell and its neighbours
     return (earliest < grid).sum().item() / (len(rank) * (rows * cols - 1))
 
 
@@ -342,153 +330,134 @@ def rank_correlation(a, b):
 
 
 def drawn_before(rank, labels, first, second, rows, cols):
-    """How often `first` is drawn before `second`, two names of SUNSET_LABELS, among the images that show both (0.5 is
-    chance; None without such images). The time of a thing is the mean rank of its pixels' cells. labels [B, S, S]."""
-    step = rank.view(-1, 1, rows, cols).double()
-    step = F.interpolate(step, size=labels.shape[1:])[:, 0]                # [B, S, S], each pixel its cell's rank
-    masks = [labels == SUNSET_LABELS.index(name) for name in (first, second)]
-    both = (masks[0].flatten(1).any(1) & masks[1].flatten(1).any(1)).nonzero()[:, 0]
-    if not len(both):
-        return None
-    one, two = ((step * m).sum((1, 2))[both] / m.sum((1, 2))[both] for m in masks)
-    return ((one < two).double() + (one == two) / 2).mean().item()
+    """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance, None
+    without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
+    step = F.interpolate(rank.view(-1, 1, rows, cols).double(), size=labels.shape[1:])[:, 0]
+    time1, time2 = ((step * m).sum((1, 2)) / m.sum((1, 2)) for m in (labels == SUNSET_LABELS.index(n) for n in (first, second)))
+    both = ~(time1 + time2).isnan()                    # 0 / 0 where a thing is missing
+    return ((time1 < time2).double() + (time1 == time2) / 2)[both].mean().item() if both.any() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rows of the table
-
-
-def pairs(texts, out):
-    """MODEL:ORDER or MODEL -> [(path, order or None)]; without any, the models that are there."""
-    names = [f"{name}.pt" for name in ("raster", "anyorder", "ordered_raster", "ordered_class", "ordered")]
-    texts = texts or [path for path in (os.path.join(out, name) for name in names) if os.path.exists(path)]
-    if not texts:
-        raise UserError(f"{printable(out)} holds no models: run python anyorder.py first, or name them by --models")
-    split = [text.rpartition(":") for text in texts]
-    return [(a, b) if b in (*ORDERS, "frozen") else (text, None) for text, (a, _, b) in zip(texts, split)]
+# Measuring
 
 
 def open_rows(texts, out, tokenizer, device):
-    """[(label, model, order, policy)] of everything that --models asks for, checked before anything is computed."""
-    rows, opened = [], {}
-    for path, order in pairs(texts, out):
-        if path not in opened:
-            opened[path] = model = load_model(path, device)
-            if model.about["made_from"].get("tokenizer") != tokenizer.fingerprint:
-                raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt: "
-                                f"likelihoods of different tokens do not compare, run python anyorder.py --out {printable(out)}")
-        model = opened[path]
-        trained = model.about["order"]
-        for name in [order] if order else SENSIBLE.get(trained, [trained]):
+    """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, policy)], all checked before anything is computed.
+    Without texts: the models in `out`. UserError for models of different tokenizers, and orders a model does not know."""
+    names = [os.path.join(out, f"{name}.pt") for name in ("raster", "anyorder", "ordered_raster", "ordered_class", "ordered")]
+    rows, opened, checked = [], {}, f"{printable(out)}/tokenizer.pt"
+    for text in texts or [name for name in names if os.path.exists(name)]:
+        path, _, order = text.rpartition(":")          # from the right: C:\out\raster.pt is a path
+        path, order = (path, order) if order in (*ORDERS, "frozen") else (text, None)
+        opened[path] = model = opened.get(path) or load_model(path, device)
+        about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
+        if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
+            raise UserError(f"{printable(path)} was trained with another tokenizer than {checked}, and figures of different "
+                            f"tokens do not compare: run python anyorder.py --out {printable(out)}")
+        for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
             policy = None
-            if name == "frozen":
+            if order == "frozen":
                 teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
-                policy = opened.get(teacher) or load_model(teacher, device)
-                if fingerprint(policy.state_dict()) != model.about["made_from"].get("model"):
-                    raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: "
-                                    f"leave out :frozen, or run python finetune.py again")
-            if (name == "learned" and not model.config["order_head"]) or (name == "class" and "caption_rank" not in model.about):
-                raise UserError(f"{printable(path)} knows no {name} order: run python finetune.py and give out/ordered.pt:{name}")
-            rows.append((f"{os.path.splitext(os.path.basename(path))[0]}:{name}", model, name, policy))
+                opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
+                if fingerprint(policy.state_dict()) != about["made_from"].get("model"):
+                    raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
+            if (order == "learned" and not model.config["order_head"]) or (order == "class" and "caption_rank" not in about):
+                raise UserError(f"{printable(path)} knows no {order} order: run python finetune.py and name what it writes")
+            rows.append((f"{stem}:{order}", model, order, policy))
+    if not rows:
+        raise UserError(f"{printable(out)} holds no models: run python anyorder.py first, or name some by --models")
     return rows
 
 
 @torch.inference_mode()
-def evaluate_row(model, order, policy, tokenizer, held, n, batch, guidance, seed, net, features, label):
-    """One row: draws n images, scores n held-out ones, completes some. Only features are kept of what it draws.
-
-    Returns (dict of figures, extras: images and ranks to show, nats per image [m], ranks [m, N])."""
-    device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
-    how = {"order": "inferred" if order == "frozen" else order, "policy": policy,
-           "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
-    chance = torch.Generator(device).manual_seed(seed)                     # every row starts from the same noise
-    m = min(n, len(held["tokens"]))
-    with tqdm(total=n + m + min(m, GIVEN), desc=label, unit="image", dynamic_ncols=True) as bar:
-        evaluated = []                                                     # inputs that went through a model's output layer
-        hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
-                 for each in (model, policy) if each is not None]
-        found, seen, spent, show = torch.empty(n, held["features"].shape[1]), 0, 0.0, []
-        for i in range(0, n, batch):
-            captions = [held["captions"][j % len(held["captions"])] for j in range(i, min(i + batch, n))]
-            start = time.perf_counter()
-            tokens, visited = generate(model, captions, guidance=guidance, generator=chance, **how)
-            # rounded to uint8 as a saved PNG would be: float images, or truncated ones, measure something else
-            images = to_uint8(tokenizer.decode(tokens))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            spent += time.perf_counter() - start
-            found[i:i + len(images)] = features(images).cpu()              # the last, smaller batch counts as well
-            if isinstance(net["judge"], Judge) and net["judge"].config["task"] == "captions":
-                names = net["judge"].config["classes"]
-                seen += sum(names[k] == c for k, c in zip(net["judge"](to_float(images)).argmax(1).tolist(), captions))
-            if not show:
-                show = [images[:6].cpu(), rank_of(visited)[:6].cpu()]
-            bar.update(len(images))
-        for hook in hooks:
-            hook.remove()
-
-        nats, ranks = [], []
-        for i in range(0, m, batch):
-            tokens, captions = held["tokens"][i:min(i + batch, m)].long().to(device), held["captions"][i:min(i + batch, m)]
-            # every cell is given: generate only chooses the order, from what came before, as it does when it draws
-            visited = generate(model, captions, given=tokens, keep=torch.ones(N, dtype=torch.bool), generator=chance, **how)[1]
-            nats.append(-model.log_probs(tokens, captions, visited).double().sum(1).cpu())
-            ranks.append(rank_of(visited).cpu())
-            bar.update(len(tokens))
-        nats, ranks = torch.cat(nats), torch.cat(ranks)
-
-        upper, far = torch.arange(N) < rows // 2 * cols, []
-        for i in range(0, min(m, GIVEN), batch):
-            truth = held["images"][i:min(i + batch, m, GIVEN)].to(device)
-            tokens = held["tokens"][i:i + len(truth)].long().to(device)
-            tokens, _ = generate(model, held["captions"][i:i + len(truth)], given=tokens, keep=upper, guidance=guidance,
-                                 generator=chance, **how)
-            images = to_uint8(tokenizer.decode(tokens))
-            top = images.shape[2] // rows * (rows // 2)
-            images[:, :, :top] = truth[:, :, :top]                         # what was given is not judged
-            far.append(lpips(to_float(images), to_float(truth), net["lpips"]).cpu())
-            bar.update(len(truth))
-
-    leaks = how["order"] == "inferred" and how["score"] == "likelihood"    # it looks at the content: not a likelihood
-    precision, recall = precision_recall(held["features"], found)
-    drawn = moments(found)
-    figures = {"nats": None if leaks else nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
-               "bits": None if leaks else nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
-               "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
-               "precision": precision, "recall": recall, "class_seen": seen / n if held["named"] else None,
-               "lpips": torch.cat(far).mean().item(), "step": step_length(rank_of(ranks), cols),
-               "touches": touching(ranks, rows, cols), "train_steps": model.about["step"],
-               "tokens_seen": model.about["tokens_seen"], "train_seconds": round(model.about["seconds"], 1),
-               "evaluations": sum(evaluated) / n, "images_per_second": n / spent}
-    if held["labels"] is not None:
-        labels = held["labels"][:m]
-        figures["sun_first"] = drawn_before(ranks[:len(labels)], labels, "sun", "cloud", rows, cols)
-        figures["glitter_last"] = drawn_before(ranks[:len(labels)], labels, "sun", "reflection", rows, cols)
-    return figures, (show, nats, ranks[:RANKS].to(torch.int16))
+def open_held(test, tokenizer, features, n, batch, seed, device):
+    """The held-out images, in a fixed random order, as what is needed of them: a dict of captions, tokens [m, N], features
+    [m, f], the moments of these and of the reconstructions' features, and the first few as images and label maps."""
+    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:max(HELD_OUT, n)].tolist()
+    captions, tokens, images, real, recon = [], [], [], [], []
+    for i in tqdm(range(0, len(some), batch), desc="held-out images", unit="batch", dynamic_ncols=True):
+        items = [test[j] for j in some[i:i + batch]]                       # the last, smaller batch counts as well
+        pictures = torch.stack([image for image, _ in items])
+        captions += [caption for _, caption in items]
+        tokens.append(tokenizer.encode(to_float(pictures).to(device)).cpu())
+        real.append(features(pictures))
+        recon.append(features(to_uint8(tokenizer.decode(tokens[-1].to(device)))))
+        images += [pictures] if i < KEPT else []
+    real, images = torch.cat(real), torch.cat(images)
+    labels = [render_sunset(test.rows[j], images.shape[-1])[2] for j in some[:SAMPLE]] if test.name == "sunsets" else []
+    return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real), "images": images,
+            "recon": moments(torch.cat(recon)), "labels": torch.stack(labels) if labels else None}
 
 
 @torch.inference_mode()
-def open_held(test, tokenizer, net, features, n, batch, seed, device):
-    """Held-out images in a fixed random order: their captions, tokens, features and what the judge makes of them. The
-    pictures themselves are kept for a few thousand only."""
-    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:max(HELD_OUT, n)].tolist()
-    held = {"captions": [], "tokens": [], "features": [], "recon": [], "images": [], "labels": None}
-    for i in tqdm(range(0, len(some), batch), desc="held-out images", dynamic_ncols=True):
-        items = [test[j] for j in some[i:i + batch]]
-        images = torch.stack([image for image, _ in items]).to(device)
-        tokens = tokenizer.encode(to_float(images))
-        held["captions"] += [caption for _, caption in items]
-        held["tokens"].append(tokens.to(torch.int32).cpu())
-        held["features"].append(features(images).cpu())
-        held["recon"].append(features(to_uint8(tokenizer.decode(tokens))).cpu())
-        if i < VALIDATE:
-            held["images"].append(images.cpu())
-    held = {key: torch.cat(value) if key in ("tokens", "features", "recon", "images") else value for key, value in held.items()}
-    held["moments"], held["recon"] = moments(held["features"]), moments(held["recon"])
-    if test.name == "sunsets":
-        size = held["images"].shape[-1]
-        held["labels"] = torch.stack([render_sunset(test.rows[j], size)[2] for j in some[:len(held["images"])]])
-    return held
+def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, guidance, seed):
+    """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of open_rows.
+    Images are drawn in batches and only their features stay."""
+    name, model, order, policy = row
+    device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
+    chance = torch.Generator(device).manual_seed(seed)                     # every row gets the same dice
+    how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "generator": chance,
+           "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
+    m, captions = min(n, len(held["tokens"])), held["captions"]
+    bar = tqdm(total=n + m + min(m, SAMPLE), desc=name, unit="image", dynamic_ncols=True)
+
+    # draw, and count the inputs that went through an output layer: what drawing costs on any machine
+    evaluated, found, seen, seconds, show = [], [], 0, 0.0, None
+    hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
+             for each in (model, policy) if each]
+    for i in range(0, n, batch):
+        asked, start = [captions[j % len(captions)] for j in range(i, min(i + batch, n))], time.perf_counter()
+        tokens, visited = generate(model, asked, guidance=guidance, **how)
+        images = to_uint8(tokenizer.decode(tokens)).cpu()                  # rounded, as in a PNG; truncated would be darker
+        seconds += time.perf_counter() - start
+        found.append(features(images))
+        names = judge(to_float(images).to(device)).argmax(1).tolist()
+        seen += sum(judge.config["classes"][k] == caption for k, caption in zip(names, asked))
+        show = show or (images[:6], rank_of(visited)[:6].cpu())
+        bar.update(len(images))
+    for hook in hooks:
+        hook.remove()
+
+    # score held-out images: with every cell given, generate only chooses the order, from the past, as when it draws
+    nats, ranks = [], []
+    for i in range(0, m, batch):
+        tokens, asked = held["tokens"][i:min(i + batch, m)].to(device), captions[i:min(i + batch, m)]
+        visited = generate(model, asked, given=tokens, keep=torch.ones(N, dtype=torch.bool), **how)[1]
+        nats.append(-model.log_probs(tokens, asked, visited).double().sum(1).cpu())
+        ranks.append(rank_of(visited).cpu())
+        bar.update(len(tokens))
+    nats, ranks = torch.cat(nats), torch.cat(ranks)
+
+    # complete: the upper half is given
+    upper, far = torch.arange(N) < rows // 2 * cols, []
+    for i in range(0, min(m, SAMPLE), batch):
+        truth = held["images"][i:min(i + batch, m, SAMPLE)]
+        tokens, asked = held["tokens"][i:i + len(truth)].to(device), captions[i:i + len(truth)]
+        tokens = generate(model, asked, given=tokens, keep=upper, guidance=guidance, **how)[0]
+        images, top = to_uint8(tokenizer.decode(tokens)).cpu(), truth.shape[2] // rows * (rows // 2)
+        images[:, :, :top] = truth[:, :, :top]                             # what was given is not judged
+        far.append(lpips(to_float(images).to(device), to_float(truth).to(device), lpips_net).cpu())
+        bar.update(len(truth))
+    bar.close()
+
+    found, leaks = torch.cat(found), how["order"] == "inferred" and how["score"] == "likelihood"
+    if leaks:                                          # such an order looks at the content: its sum is no likelihood
+        nats = nats * math.nan
+    precision, recall = precision_recall(held["features"], found)
+    drawn, labels = moments(found), held["labels"]
+    before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
+    figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
+               "bits": nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
+               "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
+               "precision": precision, "recall": recall, "lpips": torch.cat(far).mean().item(),
+               "class_seen": seen / n if judge.config["task"] == "captions" else None,
+               "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
+               "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
+               "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
+               "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / n,
+               "images_per_second": n / seconds, "weights": fingerprint(model.state_dict())}
+    return figures, nats, ranks, show
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,89 +465,140 @@ def open_held(test, tokenizer, net, features, n, batch, seed, device):
 
 
 def table(results, columns):
-    """A list of dicts as text, one line each, columns = {key: (heading, format)}; None is shown as a dash."""
-    lines = [[""] + [heading for heading, _ in columns.values()]]
-    for row in results:
-        lines.append([row["name"]] + ["-" if row.get(key) is None else format(row[key], form) for key, (_, form) in columns.items()])
+    """Dicts as aligned text, one line each; columns = {key: (heading, format)}. What no row has is left out."""
+    columns = {key: value for key, value in columns.items() if any(row.get(key) is not None for row in results)}
+    lines = [["", *(heading for heading, _ in columns.values())]]
+    lines += [[row["name"], *("-" if row.get(k) is None else format(row[k], f) for k, (_, f) in columns.items())] for row in results]
     wide = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide)))
-                     for line in lines)
+    return "\n".join("  ".join([line[0].ljust(wide[0])] + [cell.rjust(w) for cell, w in zip(line[1:], wide[1:])]) for line in lines)
 
 
-def draw_table(results, panels, path):
-    """The main figures as bars, one panel each; panels = {key: title}."""
-    panels = {key: title for key, title in panels.items() if any(row.get(key) is not None for row in results)}
-    high, wide, label = 26 * len(results) + 60, 620, 200
-    page = Image.new("RGB", (2 * wide, high * math.ceil(len(panels) / 2) + 10), "white")
+def draw_bars(results, columns, path):
+    """results.png: one panel of bars for each of `columns`, one bar for each row."""
+    keys = [key for key in columns if any(row.get(key) is not None for row in results)]
+    high, wide, label = 26 * len(results) + 56, 600, 230
+    page = Image.new("RGB", (2 * wide + 20, high * math.ceil(len(keys) / 2)), "white")
     pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(19)
-    for p, (key, title) in enumerate(panels.items()):
-        left, top = 16 + p % 2 * wide, 14 + p // 2 * high
-        pen.text((left, top), title, "black", bold)
-        values = [row.get(key) for row in results]
-        most = max([abs(v) for v in values if v is not None] + [1e-9])
-        for i, (row, value) in enumerate(zip(results, values)):
-            y = top + 30 + 26 * i
-            pen.text((left, y), row["name"][:24], "black", font)
-            if value is not None:
-                end = left + label + max(1, round((wide - label - 110) * abs(value) / most))
-                pen.rectangle((left + label, y + 2, end, y + 18), fill="#4a78b5")
-                pen.text((end + 8, y), f"{value:.4g}", "black", font)
+    for p, key in enumerate(keys):
+        left, top = 20 + p % 2 * wide, 12 + p // 2 * high
+        pen.text((left, top), columns[key][0] + (", higher is better" if key in ("precision", "recall", "class_seen") else ""), "black", bold)
+        most = max([abs(row[key]) for row in results if row.get(key) is not None] + [1e-9])
+        for y, row in zip(range(top + 30, top + high, 26), results):
+            pen.text((left, y), row["name"][:26], "black", font)
+            if row.get(key) is not None:
+                end = left + label + max(1, round((wide - label - 90) * max(0, row[key]) / most))
+                pen.rectangle((left + label, y + 1, end, y + 18), fill="#4a78b5")
+                pen.text((end + 6, y), format(row[key], columns[key][1]), "black", font)
     page.save(path)
 
 
 def draw_comparison(shown, captions, rows, cols, path):
-    """The same captions drawn in each way, the order beside each image (dark first); shown = [(name, images, rank)]."""
+    """compare.png: the same captions in every row, the order (dark first) beside each image. shown = [(name, images [6,
+    3, S, S], rank [6, N])]."""
     size = shown[0][1].shape[-1]
-    scale, tiles = max(1, 96 // size), []
-    for _, images, rank in shown:
-        maps = F.interpolate(order_maps(rank, rows, cols, size).float(), size=(size, size)).to(torch.uint8)
-        tiles.append(torch.stack((images, maps), 1).flatten(0, 1))         # image, its order, image, its order, ...
-    grid = sheet(torch.cat(tiles), len(tiles[0]), scale=scale)
-    page = Image.new("RGB", (grid.width + 200, grid.height + 60), "white")
-    page.paste(grid, (200, 60))
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    tiles = [torch.stack((images, order_maps(rank, rows, cols, size)), 1).flatten(0, 1) for _, images, rank in shown]
+    grid = sheet(torch.cat(tiles), len(tiles[0]), scale=max(1, 96 // size))
+    page = Image.new("RGB", (grid.width + 210, grid.height + 60), "white")
+    page.paste(grid, (210, 60))
+    pen, font, step = ImageDraw.Draw(page), ImageFont.load_default(15), 2 * grid.width / len(tiles[0])
     for i, (name, _, _) in enumerate(shown):
-        pen.text((8, 60 + (i + 0.4) * (grid.height / len(shown))), name[:24], "black", font)
-    step = grid.width / len(shown[0][1])
-    for i, caption in enumerate(captions[:len(shown[0][1])]):
-        words, lines = caption.split(), [""]
-        for word in words:
-            lines[-1:] = [f"{lines[-1]} {word}".strip()] if font.getlength(lines[-1] + " " + word) < step - 8 else [lines[-1], word]
-        pen.text((202 + i * step, 4), "\n".join(lines[:3]), "black", font)
+        pen.text((8, 60 + (i + 0.42) * grid.height / len(shown)), name[:26], "black", font)
+    for i, caption in enumerate(captions[:len(tiles[0]) // 2]):
+        lines = [""]
+        for word in caption.split():                   # wrapped to the width of its column
+            longer = f"{lines[-1]} {word}".strip()
+            lines[-1:] = [longer] if font.getlength(longer) < step - 8 else [lines[-1], word]
+        pen.text((212 + i * step, 2), "\n".join(lines[:3]), "black", font)
     page.save(path)
-
-
-def write(path, contents):
-    with open(path + ".tmp", "w") as file:                                 # whole or not at all, as data.save does
-        json.dump(contents, file, indent=1)
-    os.replace(path + ".tmp", path)
 
 
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
-    parser.add_argument("--models", nargs="+", default=None, help="MODEL.pt:ORDER ..., order one of " + ", ".join(ORDERS)
-                        + ", frozen; MODEL.pt alone takes the orders that make sense for it; default: all models in OUT")
-    parser.add_argument("--n", type=int, default=500, help="images to draw per row, and to score")
-    parser.add_argument("--batch", type=int, default=50, help="images at once")
+    parser.add_argument("--models", nargs="+", default=None, help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS)
+                        + ", frozen; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
+    parser.add_argument("--n", type=int, default=500, help="images that each row draws, and scores")
+    parser.add_argument("--batch", type=int, default=100, help="images at once")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
-    parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: report FID instead of the judge's distance")
+    parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: FID instead of the judge's distance")
     parser.add_argument("--lpips-backbone", default="", help="torchvision's alexnet .pth, for true LPIPS")
-    parser.add_argument("--lpips-linear", default="", help="the lpips package's v0.1/alex.pth")
-    args = parser.parse_args()
+    parser.add_argument("--lpips-linear", default="", help="the lpips package's weights/v0.1/alex.pth")
+    args = parser.parse_args()                         # --speed and its speed_table(...) enter here
     if args.n < LEAST or args.batch < 1 or not 0 <= args.guidance <= 100:
         raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {LEAST}, batch at least 1, "
                         f"guidance in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
-    device = pick_device(args.device)
-    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
-    plan = open_rows(args.models, args.out, tokenizer, device)
+    device, out = pick_device(args.device), args.out
+    tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
+    plan = open_rows(args.models, out, tokenizer, device)
     size, about = tokenizer.config["size"], plan[0][1].about
     train, test = (open_data(args.data or about["data"], size, split) for split in ("train", "test"))
     if train.fingerprint != about["made_from"]["data"]:
-        raise UserError(f"{args.data or about['data']} is not what these models were trained on: give that as --data")
+        raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: name that by --data")
     if len(test) < LEAST:
-        raise UserError(f"{test.name} has {len(test)} held-out images, at least {LEAST} are needed: add images")
-    judge = open_judge(args.out, train, size, args.seed, device)
-    ...
+        raise UserError(f"{train.name} has {len(test)} held-out images, at least {LEAST} are needed: add images")
+    if args.lpips_backbone and size < 31:
+        raise UserError(f"images of {size} pixels are too small for LPIPS, which needs 31: leave out --lpips-backbone")
+    distance, extract = load_inception(args.inception, device) if args.inception else ("Frechet (judge)", None)
+    network = load_lpips(args.lpips_backbone, args.lpips_linear, device) if args.lpips_backbone else None
+    judge = open_judge(out, train, size, args.seed, device)
+    extract = extract or (lambda images: judge.features(to_float(images)))
+
+    @torch.inference_mode()
+    def features(images):
+        return torch.cat([extract(part.to(device)).cpu() for part in images.split(args.batch)])
+
+    held = open_held(test, tokenizer, features, args.n, args.batch, args.seed, device)
+    columns = {**COLUMNS, "frechet": (distance, ".3f"), "lpips": ("LPIPS" if network else "LPIPS-judge", ".4f")}
+    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n, "held_out": len(held["tokens"]),
+              "scored": min(args.n, len(held["tokens"])), "completed": min(args.n, len(held["tokens"]), SAMPLE),
+              "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
+              "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
+              "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()}, "torch": torch.__version__,
+              "tokenizer": frechet(held["recon"], held["moments"]),
+              "judge": None if args.inception else validate_judge(features, held["images"], args.seed), "rows": []}
+    results, ranks, shown, first = report["rows"], [], [], None
+    try:
+        for row in plan:
+            figures, nats, rank, show = evaluate_row(row, held, tokenizer, features, judge, network or judge, args.n,
+                                                     args.batch, args.guidance, args.seed)
+            first = nats if first is None else first
+            apart = (nats - first) / rank.shape[1]     # on the same images: far less noise than in either
+            figures.update(versus=apart.mean().item(), versus_error=apart.std().item() / math.sqrt(len(apart)))
+            figures = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
+            results.append(figures)
+            ranks.append(rank[:SAMPLE])
+            shown.append((row[0], *show))
+            report["agreement"] = [[rank_correlation(a, b) for b in ranks] for a in ranks]
+            # after every row, so that an interrupt loses one at most; whole or not at all
+            with open(os.path.join(out, "results.json.tmp"), "w") as file:
+                json.dump(report, file, indent=1)
+            os.replace(file.name, os.path.join(out, "results.json"))
+            draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen",
+                                                        "lpips")}, os.path.join(out, "results.png"))
+            draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"], os.path.join(out, "compare.png"))
+    finally:
+        if results:
+            print_report(report, columns)
+
+
+def print_report(report, columns):
+    results, judge = report["rows"], report["judge"]
+    print(table(results, columns) + "\n\n" + table(results, MORE))
+    if len(results) > 1:
+        agree = [{"name": row["name"], **{str(i): rho for i, rho in enumerate(line)}} for row, line in zip(results, report["agreement"])]
+        print("\nagreement of orders on the same images (rank correlation)\n"
+              + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
+    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, {report['completed']:,} completed, compared with "
+          f"{report['held_out']:,} held-out ones at {report['size']}x{report['size']}; seed {report['seed']}, guidance "
+          f"{report['guidance']}\nthe tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
+    if judge:
+        series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how]) for how in ("noise", "blur", "shuffle"))
+        print(f"the judge is {'valid' if judge['ok'] else 'NOT VALID, trust the nats'}: real to real {judge['real']:.3f}; "
+              f"{series}; mildest damage / real to real {judge['ratio']:.0f} (at least 20)")
+    print("drawn at " + ", ".join(f"{row['images_per_second']:.1f}" for row in results) + " images/s (varies from run to run)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -26,7 +26,6 @@ not here sampling (sample.py), comparing the orders (evaluate.py)
 
 import math
 import os
-import signal
 import time
 
 import torch
@@ -34,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (DROP, AnyOrder, batch_of, join, learning_rate, load_model, loss_curve, open_tokens, precision,
-                      rank_of, raster_order, save_model, seeded)
+from anyorder import (DROP, AnyOrder, batch_of, join, learning_rate, load_model, loss_curve, on_interrupt, open_tokens,
+                      precision, rank_of, raster_order, save_model, seeded)
 from data import UserError, arguments, fingerprint, load, pick_device, run, save
 from order_infer import check_model, load_orders
 
@@ -138,10 +137,9 @@ def main():
 
     if rank == 0:
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; before: {evaluate()[0]:.3f} nats per token")
-    stop = []                                          # Ctrl-C: finish the step, save, leave; twice: leave at once
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    saved = time.time()
+    stop, saved = on_interrupt(), time.time()
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    say = (lambda line: None) if rank else bar.write
     while step < args.steps:
         start = time.time()
         pick = batch_of(step, args.batch, len(train), args.seed)[rank::world].to(device)
@@ -167,7 +165,7 @@ def main():
         if step % max(1, args.steps // 8) == 0 or step == args.steps:
             value, nats, hits = evaluate()
             history.append((step, loss.item(), value))
-            bar.write(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
+            say(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
                       f"{nats:.3f} nats, {hits:.0%} right" + ("  best" if value < best else ""))
             if value < best:
                 best = value

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from anyorder import Drawing, join, load_model, open_tokens, precision, rank_of, seeded
+from anyorder import Drawing, join, load_model, on_interrupt, open_tokens, precision, rank_of, seeded
 from data import UserError, arguments, fingerprint, load, pick_device, run, save, sheet, to_uint8
 from tokenizer import load_tokenizer
 
@@ -206,7 +206,7 @@ def main():
     words = model.read(held["captions"])
     if rank == 0 and args.limit and args.limit < len(train):
         print(f"orders for {args.limit:,} of {len(train):,} training images: --limit 0 infers them all")
-    kind, at_once, saved = precision(device), images_at_once(model), time.time()
+    kind, at_once, stop, saved = precision(device), images_at_once(model), on_interrupt(), time.time()
     with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
         while done < len(index):
             start = time.time()
@@ -223,9 +223,13 @@ def main():
             order[done:done + len(rows)] = found.to(order.dtype)
             done, seconds = done + len(rows), seconds + time.time() - start
             bar.update(len(rows))
-            if rank == 0 and time.time() - saved > 30:
+            if rank == 0 and (stop or time.time() - saved > 30):
                 save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds})
                 saved = time.time()
+            if stop:
+                bar.close()
+                print(f"stopped after {done:,} images: python order_infer.py --resume goes on from {partial}")
+                raise KeyboardInterrupt
     if rank:
         return
     captions = held["caption_index"][index].long()

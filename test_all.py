@@ -33,10 +33,10 @@ SCRIPTS = ("data", "tokenizer", "anyorder", "order_infer", "finetune", "sample",
 torch.set_num_threads(2)
 
 
-def tiny(rows=2, cols=2, codebook=3, layers=3, enter=1, order_head=False, seed=0, words=("sun", "sea")):
+def tiny(rows=2, cols=2, codebook=3, layers=3, order_head=False, seed=0, words=("sun", "sea")):
     """A model with weights so large that every input matters."""
     torch.manual_seed(seed)
-    model = AnyOrder({"rows": rows, "cols": cols, "codebook": codebook, "width": 32, "layers": layers, "enter": enter,
+    model = AnyOrder({"rows": rows, "cols": cols, "codebook": codebook, "width": 32, "layers": layers,
                       "order_head": order_head, "words": list(words), "caption_length": 2})
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -89,7 +89,7 @@ def chain(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
     pictures, out = picture_folder(root / "pictures"), root / "out"
     common = ("--out", out, "--device", "cpu")
-    small = ("--width", 32, "--layers", 2, "--enter", 1, "--batch", 8)
+    small = ("--width", 32, "--layers", 2, "--batch", 8)
     printed = {"tokenizer": command("tokenizer", "--data", pictures, "--size", 16, "--codebook", 16, "--steps", 30, *common)}
     printed["anyorder"] = command("anyorder", *common, "--steps", 12, *small)
     printed["raster"] = command("anyorder", *common, "--steps", 3, "--order", "raster", *small)
@@ -128,10 +128,9 @@ def all_images(V, N):
     return torch.tensor(list(itertools.product(range(V), repeat=N)))
 
 
-@pytest.mark.parametrize("enter", (0, 1, 2))
 @pytest.mark.parametrize("how", ("raster", "random") + tuple(s for s in SCORES if s != "likelihood"))
-def test_the_probabilities_of_all_images_sum_to_one(how, enter):
-    model = tiny(enter=enter, seed=3)
+def test_the_probabilities_of_all_images_sum_to_one(how):
+    model = tiny(seed=3)
     images = all_images(3, 4)                                              # 81 images
     captions = ["sun sea"] * len(images)
     if how == "raster":
@@ -180,9 +179,8 @@ def test_the_order_head_does_not_know_the_location_it_predicts():
         assert torch.equal(where[:, :k + 1], there[:, :k + 1])
 
 
-@pytest.mark.parametrize("enter", (0, 1, 2))
-def test_the_cached_path_equals_the_full_forward_pass(enter):
-    model = tiny(3, 3, codebook=7, enter=enter, order_head=True)
+def test_the_cached_path_equals_the_full_forward_pass():
+    model = tiny(3, 3, codebook=7, order_head=True)
     tokens, order = torch.randint(7, (5, 9)), random_order(5, 9)
     captions = ["sun sea", "", "sea", "sun", "sun sun"]
     what, where = model(tokens, model.read(captions), order)
@@ -206,7 +204,7 @@ def test_captions_change_the_distribution_and_unknown_words_read_as_none():
 
 def test_a_tiny_model_overfits_eight_images():
     torch.manual_seed(0)
-    model = AnyOrder({"rows": 3, "cols": 3, "codebook": 8, "width": 64, "layers": 3, "enter": 1, "order_head": False,
+    model = AnyOrder({"rows": 3, "cols": 3, "codebook": 8, "width": 64, "layers": 3, "order_head": False,
                       "words": [str(i) for i in range(8)], "caption_length": 1})
     tokens, captions = torch.randint(8, (8, 9)), [str(i) for i in range(8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -459,7 +457,6 @@ def test_orders_of_another_grid_are_refused(chain, monkeypatch, capsys):
 @pytest.mark.parametrize("script, flags, needle", (
     ("anyorder", ("--data", "no/such/path"), "no/such/path"),
     ("anyorder", ("--width", 33), "32"),
-    ("anyorder", ("--enter", 6), "--layers"),
     ("anyorder", ("--lr", "nan"), "learning rate"),
     ("anyorder", ("--steps", 0), "--steps"),
     ("anyorder", ("--device", "toaster"), "toaster"),
@@ -490,7 +487,7 @@ def test_a_few_images_fewer_than_a_batch_still_train(tmp_path, monkeypatch, caps
                          "--codebook", 8, "--steps", 3)
     assert code == 0, printed
     code, printed = call(monkeypatch, capsys, "anyorder", "--out", tmp_path / "out", "--steps", 2, "--width", 32,
-                         "--layers", 1, "--enter", 0)
+                         "--layers", 1)
     assert code == 0 and (tmp_path / "out" / "anyorder.png").exists(), printed
 
 
@@ -518,7 +515,7 @@ def test_imports_point_up_only():
 def test_the_readme_commands_run(tmp_path, monkeypatch):
     """Every `python ...` line of the README's code blocks, in the README's order, at tiny size."""
     pictures = picture_folder(tmp_path / "pictures")
-    small = {"tokenizer": "--size 16 --codebook 16 --steps 3", "anyorder": "--steps 3 --batch 8 --width 32 --layers 2 --enter 1",
+    small = {"tokenizer": "--size 16 --codebook 16 --steps 3", "anyorder": "--steps 3 --batch 8 --width 32 --layers 2",
              "order_infer": "--limit 8", "finetune": "--steps 2 --batch 8", "sample": "--n 2", "evaluate": "--n 12", "data": ""}
     blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]

@@ -1,9 +1,33 @@
-"""Images to discrete tokens and back: a small VQ autoencoder."""
+"""Images to tokens and back: a small VQ autoencoder that learns its alphabet from the images.
 
+The one idea: an image becomes a grid of integers. A network turns each cell of `downsample` x `downsample` pixels,
+seen with its neighbours, into a short vector z; the nearest of the V vectors of a codebook replaces it; a second
+network draws the picture from these codes alone:
+
+    token = argmin_v |z - codebook[v]|^2          picture = decoder(codebook[token])
+
+    32 x 32 pixels  ->  8 x 8 vectors  ->  8 x 8 = 64 tokens  ->  8 x 8 codes  ->  32 x 32 pixels
+
+All later files see images as these tokens, so whatever the tokenizer loses is lost for good: it is the floor of every
+quality figure. Therefore it prints its PSNR on images it has not seen, and how many codes are in use.
+
+    python tokenizer.py                       TIME on two cores; sunsets, PSNR dB on the test images
+    python tokenizer.py --data photos/        your own images: a folder, or IDX files
+
+It reads images through data.py and writes, only once all is done,
+
+    out/tokenizer.pt           the autoencoder (`load_tokenizer`)
+    out/tokens.pt              the tokens and captions of all images (`load_tokens`)
+    out/reconstructions.png    test images, each beside its reconstruction
+
+What it does not do: no adversarial loss and no perceptual network (VQGAN, arXiv 2012.09841, has both), which give finer
+texture at many times the cost.
+"""
 import hashlib
 import math
+import os
 import time
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +35,80 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import UserError, arguments, fingerprint, load, open_data, pick_device, run, save, sheet, to_float
+from data import (UserError, arguments, describe, fingerprint, load, open_data, pick_device, printable, run, save,
+                  sheet, to_float)
 
-WIDTH, FINE = 96, 32    # channels at the resolution of the tokens, and at twice that resolution in the decoder
-DIM = 16                # dimensions in which latents and codes are compared
-WARMUP = 100            # steps without quantisation, before the codebook is initialised from data
-LR, BETAS, DECAY = 2e-3, (0.9, 0.95), 0.01
-COMMIT = 0.25
-FORGET = 0.98           # of the codebook's running means
-SAVE_EVERY = 30         # seconds between two states to resume from
+WIDTH, FINE = 96, 32            # channels at the resolution of the tokens, and at twice that in the decoder
+DIM = 16                        # dimensions of a code
+WARMUP = 40                     # steps without a codebook: it is then initialised from what the encoder has learned
+LR, BETAS, DECAY = 4e-3, (0.9, 0.95), 0.01
+COMMIT = 0.25                   # weight of |z - code|^2, which keeps the encoder near the codes
+FORGET = 0.98                   # per step, of the running means that are the codebook
+RARE = 0.05                     # a code used less than this fraction of its fair share is moved to fresh data
+SAVE_EVERY = 30                 # seconds between two states to --resume from
 
+
+# ---------------------------------------------------------------- pure functions
+
+def generator(*key):
+    """A random generator that depends on `key` alone. Keyed by (seed, step), it lets a resumed run repeat what an
+    uninterrupted one would have drawn, without any generator's state on the disk."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def batch_of(step, batch, n, seed):
+    """The `batch` indices, below n, of one step: random permutations of 0..n-1 one after another, cut into batches.
+    A batch may be larger than n. With n=3, batch=2 the steps 0, 1, 2 see each image exactly twice."""
+    indices = []
+    while len(indices) < batch:
+        epoch, start = divmod(step * batch + len(indices), n)
+        indices += permutation(n, seed, epoch)[start:start + batch - len(indices)]
+    return indices
+
+
+@lru_cache(2)
+def permutation(n, seed, epoch):
+    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
+
+
+def learning_rate(step, steps):
+    """Linear warm-up over 20 steps, then half a cosine down to 2% of LR."""
+    return LR * min(1, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def picture_loss(drawn, images):
+    """How far `drawn` is from `images`, both [B, 3, H, W]: squared error, plus a little absolute error, plus the
+    absolute error of the differences between neighbouring pixels. The last term is what keeps edges sharp: for
+    squared error alone, where it is unsure of an edge's place, a blur is the best guess."""
+    loss = F.mse_loss(drawn, images) + 0.1 * F.l1_loss(drawn, images)
+    for axis in (2, 3):
+        loss = loss + 0.2 * F.l1_loss(drawn.diff(dim=axis), images.diff(dim=axis))
+    return loss
+
+
+def psnr(drawn, images):
+    """[B] decibels, of [B, 3, H, W] in [-1, 1]: 10 log10(peak^2 / mean squared error) of each image, peak = 2."""
+    return 10 * torch.log10(4 / (drawn - images).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def usage(tokens, V):
+    """(codes in use, perplexity) of any integer tensor. Perplexity is exp(entropy): V if all are used equally."""
+    share = torch.bincount(tokens.flatten().long(), minlength=V).double()
+    share = share[share > 0] / share.sum()
+    return len(share), math.exp(-(share * share.log()).sum().item())
+
+
+def held_back(n):
+    """The validation images among n: a twentieth, at most 1,000, chosen by a hash, so always the same ones."""
+    ranked = sorted(range(n), key=lambda i: hashlib.sha256(f"validation {i}".encode()).digest())
+    return set(ranked[:min(1000, max(n // 20, 1))] if n > 1 else [])
+
+
+# ---------------------------------------------------------------- the autoencoder
 
 class Block(nn.Module):
-    """x + f(x) with two 3x3 convolutions; the last one starts at zero, so that a new block changes nothing."""
+    """x + f(x) with two 3x3 convolutions. The second starts at zero, so a new block is the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -38,231 +123,298 @@ class Block(nn.Module):
 
 
 class Tokenizer(nn.Module):
+    """Images [B, 3, H, W], float in [-1, 1], to tokens [B, N], int64 in 0..V-1, row-major, and back.
+
+    Nearly all the work is done at the low resolution of the token grid: PixelUnshuffle first turns each cell of
+    f x f pixels into the channels of one pixel. On a CPU this is many times faster than convolving the pixels."""
+
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        f, V, width, fine, dim = (config[k] for k in ("downsample", "codebook", "width", "fine", "dim"))
+        f, V, width, fine, dim = (config[key] for key in ("downsample", "codebook", "width", "fine", "dim"))
         self.rows = self.cols = config["size"] // f
-        half = max(f // 2, 1)
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(f), nn.Conv2d(3 * f * f, width, 1),
-                                     Block(width), nn.Conv2d(width, dim, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), Block(width), Block(width),
-                                     nn.Conv2d(width, fine * (f // half) ** 2, 1), nn.PixelShuffle(f // half),
-                                     Block(fine), Block(fine),
-                                     nn.Conv2d(fine, 3 * half * half, 3, padding=1), nn.PixelShuffle(half))
+        half = f // 2                                                        # pixels per side of a cell's quarter
+        self.encoder = nn.Sequential(                                        # [B, 3, H, W]
+            nn.PixelUnshuffle(f), nn.Conv2d(3 * f * f, width, 1),            # [B, width, rows, cols]
+            Block(width), nn.Conv2d(width, dim, 1))                          # [B, dim, rows, cols]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, width, 3, padding=1), Block(width), Block(width),
+            nn.Conv2d(width, 4 * fine, 1), nn.PixelShuffle(2),               # [B, fine, 2 rows, 2 cols]
+            Block(fine), Block(fine),
+            nn.Conv2d(fine, 3 * half * half, 3, padding=1), nn.PixelShuffle(half))
         self.register_buffer("codebook", torch.randn(V, dim))
-        self.register_buffer("count", torch.ones(V))
-        self.register_buffer("total", torch.zeros(V, dim))
-
-    def latents(self, images):
-        return self.encoder(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-
-    def nearest(self, z):
-        z = z.reshape(-1, z.shape[-1])
-        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(1)
-
-    def draw(self, codes):
-        return self.decoder(codes.permute(0, 3, 1, 2))
+        self.register_buffer("count", torch.ones(V))                         # running mean of uses, 1 is a fair share
+        self.register_buffer("total", torch.zeros(V, dim))                   # running mean of the sum of their z
+        self.to(memory_format=torch.channels_last)                           # half the time on a CPU
 
     @torch.no_grad()
     def encode(self, images):
-        return self.nearest(self.latents(images)).view(len(images), -1)
+        """Images [B, 3, H, W], float in [-1, 1], H = W = config["size"] -> tokens [B, N] int64."""
+        return self.nearest(self.latents(images)).view(len(images), self.rows * self.cols)
 
     @torch.no_grad()
     def decode(self, tokens):
-        return self.draw(self.codebook[tokens].view(len(tokens), self.rows, self.cols, -1)).clamp(-1, 1)
+        """Tokens [B, N], any integer dtype -> images [B, 3, H, W], float in [-1, 1]."""
+        return self.draw(self.codebook[tokens.long()].view(len(tokens), self.rows, self.cols, -1)).clamp(-1, 1)
+
+    def latents(self, images):
+        """[B, 3, H, W] -> z [B, rows, cols, dim], not yet quantised."""
+        return self.encoder(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+    def nearest(self, z):
+        """[..., dim] -> the index of the nearest code [...]. |z|^2 is the same for all codes and left out."""
+        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
+
+    def draw(self, codes):
+        """[B, rows, cols, dim] -> [B, 3, H, W], not yet clipped to [-1, 1]."""
+        return self.decoder(codes.permute(0, 3, 1, 2))
 
     @property
     def fingerprint(self):
-        return fingerprint(self.config, dict(self.state_dict()))
+        """16 hex digits of the weights; tokens.pt carries it, so that tokens are never decoded by a stranger."""
+        return fingerprint(self.config, self.state_dict())
 
-
-def loss_of(model, images, step, seed):
-    z = model.latents(images)
-    if step < WARMUP:
-        picture, commit = model.draw(z), 0.0
-    else:
+    def loss(self, images, step, seed=0):
+        """One training step's loss, a scalar; also moves the codebook. `step` counts from 0, `seed` is for restarts."""
+        z = self.latents(images)
+        if step < WARMUP:
+            return picture_loss(self.draw(z), images)
         if step == WARMUP:
-            first_codes(model, z, seed)
-        tokens = model.nearest(z)
-        code = model.codebook[tokens].view_as(z)
-        commit = F.mse_loss(z, code)
-        picture = model.draw(z + (code - z).detach())
-        update_codes(model, z.detach(), tokens, step, seed)
-    return picture_loss(picture, images) + COMMIT * commit
+            self.first_codes(z.detach().flatten(0, 2), seed)
+        tokens = self.nearest(z.detach())
+        code = self.codebook[tokens]
+        # Straight-through: forward this is `code`; backward it is z, as if nothing had been rounded. The argmin has
+        # no gradient, so without this line the encoder would never hear from the decoder.
+        through = z + (code - z).detach()
+        loss = picture_loss(self.draw(through), images) + COMMIT * F.mse_loss(z, code)
+        self.move_codes(z.detach().flatten(0, 2), tokens.flatten(), step, seed)
+        return loss
+
+    @torch.no_grad()
+    def first_codes(self, z, seed):
+        """k-means on one batch of z [M, dim]: a codebook drawn blindly would lie far from the data and collapse."""
+        V = len(self.codebook)
+        random = generator(seed, "first codes")
+        noise = torch.randn(V, z.shape[1], generator=random).to(z) * 0.01 * z.std()      # M may be below V
+        self.codebook.copy_(z[torch.randint(len(z), (V,), generator=random).to(z.device)] + noise)
+        for _ in range(10):
+            tokens = self.nearest(z)
+            uses = torch.bincount(tokens, minlength=V)[:, None]
+            sums = torch.zeros_like(self.total).index_add_(0, tokens, z)
+            self.codebook.copy_(torch.where(uses > 0, sums / uses.clamp(min=1), self.codebook))
+        self.count.fill_(1)
+        self.total.copy_(self.codebook)
+
+    @torch.no_grad()
+    def move_codes(self, z, tokens, step, seed):
+        """Each code follows the mean of the z [M, dim] that chose it (running k-means, van den Oord et al. 2017,
+        appendix A.1). One that nobody chooses would stay away for ever and the codebook collapse: it restarts at a
+        random z of this batch, where it takes over a part of a crowd (Jukebox, arXiv 2005.00341)."""
+        V = len(self.codebook)
+        fair = V / len(z)
+        uses = torch.bincount(tokens, minlength=V).to(z) * fair
+        sums = torch.zeros_like(self.total).index_add_(0, tokens, z) * fair
+        self.count.lerp_(uses, 1 - FORGET)
+        self.total.lerp_(sums, 1 - FORGET)
+        self.codebook.copy_(self.total / self.count.clamp(min=RARE / 10)[:, None])
+        rare = (self.count < RARE).nonzero().flatten()
+        fresh = z[torch.randint(len(z), (len(rare),), generator=generator(seed, "restart", step)).to(z.device)]
+        self.codebook[rare], self.total[rare], self.count[rare] = fresh, fresh, 1.0
 
 
-def picture_loss(a, b):
-    loss = F.mse_loss(a, b) + 0.1 * F.l1_loss(a, b)
-    for axis in (2, 3):
-        loss = loss + 0.2 * F.l1_loss(a.diff(dim=axis), b.diff(dim=axis))
-    return loss
-
-
-def rng(*numbers):
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@torch.no_grad()
-def first_codes(model, z, seed):
-    z = z.reshape(-1, z.shape[-1])
-    V = len(model.codebook)
-    pick = torch.randint(len(z), (V,), generator=rng(seed, "codes")).to(z.device)
-    noise = 1e-3 * z.std() * torch.randn(V, z.shape[1], generator=rng(seed, "noise")).to(z.device)
-    model.codebook.copy_(z[pick] + noise)
-    for _ in range(10):
-        tokens = model.nearest(z)
-        n = torch.bincount(tokens, minlength=V).unsqueeze(1)
-        total = torch.zeros_like(model.codebook).index_add_(0, tokens, z)
-        model.codebook.copy_(torch.where(n > 0, total / n.clamp(min=1), model.codebook))
-    model.count.fill_(1.0)
-    model.total.copy_(model.codebook)
-
-
-@torch.no_grad()
-def update_codes(model, z, tokens, step, seed):
-    z = z.reshape(-1, z.shape[-1])
-    V = len(model.codebook)
-    n = torch.bincount(tokens, minlength=V).to(z.dtype) * (V / len(z))          # 1 on average
-    total = torch.zeros_like(model.total).index_add_(0, tokens, z) * (V / len(z))
-    model.count.lerp_(n, 1 - FORGET)
-    model.total.lerp_(total, 1 - FORGET)
-    model.codebook.copy_(model.total / model.count.clamp(min=1e-3).unsqueeze(1))
-    dead = (model.count < 0.05).nonzero().flatten()
-    if len(dead):
-        new = z[torch.randint(len(z), (len(dead),), generator=rng(seed, "restart", step)).to(z.device)]
-        model.codebook[dead], model.total[dead], model.count[dead] = new, new, 1.0
-
-
-def learning_rate(step, steps):
-    return LR * min(1, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def batch_of(step, batch, n, seed):
-    """The indices of one step, a pure function of (seed, step): epochs of random permutations, cut into batches."""
-    out = []
-    position = step * batch
-    while len(out) < batch:
-        order = torch.randperm(n, generator=rng(seed, "epoch", position // n))
-        piece = order[position % n:][:batch - len(out)].tolist()
-        out += piece
-        position += len(piece)
-    return out
-
-
-def collate(items):
-    items = [item for item in items if item is not None]
-    if not items:
-        return torch.empty(0), []
-    return torch.stack([image for image, _ in items]), [caption for _, caption in items]
-
-
-def stream(dataset, batches):
-    """A DataLoader over lists of indices."""
-    workers = 2 if sum(map(len, batches[:50])) >= 2000 else 0
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate)
-
-
-def psnr(model, dataset, indices, device):
-    squares = []
-    for images, _ in stream(dataset, [indices[i:i + 100] for i in range(0, len(indices), 100)]):
-        images = to_float(images).to(device)
-        squares.append((model.decode(model.encode(images)) - images).square().mean((1, 2, 3)))
-    return (10 * torch.log10(4 / torch.cat(squares).clamp(min=1e-10))).mean().item()
-
-
-def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, steps=1000, batch=32, limit=0,
-                seed=0, device="", resume=False, **extra):
-    device = pick_device(device)
-    if downsample < 1 or downsample & (downsample - 1):
-        raise UserError(f"--downsample {downsample} is not a power of two: take 2, 4, 8 or 16")
-    if size % downsample:
-        raise UserError(f"--size {size} is not divisible by --downsample {downsample}: take --size "
-                        f"{max(1, round(size / downsample)) * downsample}")
-    train, test = open_data(data, size, "train"), open_data(data, size, "test")
-    n = min(limit, len(train)) if limit else len(train)
-    chance = sorted(range(n), key=lambda i: hashlib.sha256(f"validation {i}".encode()).digest())
-    held = set(chance[:min(1000, max(1, n // 20))] if n > 1 else [])
-    learn, valid = [i for i in range(n) if i not in held], sorted(held) or [0]
-    start = time.time()
-    torch.manual_seed(seed)
-    config = dict(size=size, downsample=downsample, codebook=codebook, width=WIDTH, fine=FINE, dim=DIM)
-    model = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
-    batches = [[learn[i] for i in batch_of(step, batch, len(learn), seed)] for step in range(steps)]
-    bar = tqdm(enumerate(stream(train, batches)), total=steps, desc="tokenizer", unit="step")
-    for step, (images, _) in bar:
-        images = to_float(images).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        loss = loss_of(model, images, step, seed)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss became {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
-        if step % 200 == 199:
-            tqdm.write(f"step {step + 1}: validation PSNR {psnr(model, train, valid[:200], device):.2f} dB")
-    model.eval()
-    print(f"trained in {time.time() - start:.0f} s")
-    tokens, captions, split = [], [], []
-    for number, dataset, count in ((0, train, n), (2, test, len(test))):
-        done = 0
-        for images, texts in tqdm(stream(dataset, [list(range(i, min(i + 100, count))) for i in range(0, count, 100)])):
-            tokens.append(model.encode(to_float(images).to(device)).cpu())
-            captions += texts
-            split += [1 if number == 0 and done + i in held else number for i in range(len(texts))]
-            done += len(texts)
-    tokens = torch.cat(tokens)
-    names = sorted(set(captions))
-    place = {name: i for i, name in enumerate(names)}
-    counts = torch.bincount(tokens.flatten(), minlength=codebook).double()
-    p = counts / counts.sum()
-    print(f"codes in use: {(counts > 0).sum().item()} of {codebook}, perplexity {torch.exp(-(p * (p + 1e-12).log()).sum()).item():.0f}")
-    quality = psnr(model, test, list(range(min(2000, len(test)))), device)
-    print(f"test PSNR {quality:.2f} dB, {time.time() - start:.0f} s")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(folder / "tokenizer.pt", dict(kind="tokenizer", version=1, config=config,
-                                       made_from=dict(data=train.fingerprint), model=model.state_dict()))
-    save(folder / "tokens.pt", dict(
-        kind="tokens", version=1,
-        config=dict(rows=model.rows, cols=model.cols, codebook=codebook, size=size, downsample=downsample, data=str(data)),
-        made_from=dict(data=train.fingerprint, tokenizer=model.fingerprint),
-        tokens=tokens.to(torch.uint8 if codebook <= 256 else torch.int16), captions=names,
-        caption_index=torch.tensor([place[c] for c in captions], dtype=torch.int32),
-        split=torch.tensor(split, dtype=torch.uint8)))
-    k = min(32, len(test))
-    images = to_float(torch.stack([test[i][0] for i in range(k)]))
-    both = torch.stack([images, model.decode(model.encode(images.to(device))).cpu()], 1).flatten(0, 1)
-    sheet(both, 8, scale=2).save(folder / "reconstructions.png")
-    return model
-
+# ---------------------------------------------------------------- files
 
 def load_tokenizer(path, device="cpu"):
+    """The Tokenizer in a file that this script wrote, ready to use: no dropout, no gradients."""
     saved = load(path, "tokenizer", "python tokenizer.py")
-    model = Tokenizer(saved["config"])
-    model.load_state_dict(saved["model"])
+    try:
+        model = Tokenizer(saved["config"])
+        model.load_state_dict(saved["model"])
+    except Exception:  # missing keys, other shapes
+        raise UserError(f"{printable(path)} is not a whole tokenizer: run python tokenizer.py again") from None
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokens(path):
-    return load(path, "tokens", "python tokenizer.py")
+    """The dict in tokens.pt, checked:
+
+    tokens         [n, N]   uint8, int16 or int32, whichever is the smallest to hold V-1
+    captions       list of distinct str;  caption_index [n] int32: image i has captions[caption_index[i]]
+    split          [n]      uint8: 0 train, 1 validation (of the training images), 2 test (for evaluate.py alone)
+    config         rows, cols, codebook, size, downsample, and data, the --data it was made with
+    made_from      fingerprints: data, tokenizer
+    """
+    saved = load(path, "tokens", "python tokenizer.py")
+    try:
+        tokens, index, split, config = (saved[key] for key in ("tokens", "caption_index", "split", "config"))
+        whole = (tokens.shape == (len(split), config["rows"] * config["cols"]) and index.shape == split.shape
+                 and not any(t.is_floating_point() for t in (tokens, index, split)) and len(tokens) > 0
+                 and 0 <= tokens.min() and tokens.max() < config["codebook"] and split.max() <= 2
+                 and 0 <= index.min() and index.max() < len(saved["captions"])
+                 and all(isinstance(caption, str) for caption in saved["captions"])
+                 and {"data", "tokenizer"} <= saved["made_from"].keys())
+    except Exception:
+        whole = False
+    if not whole:
+        raise UserError(f"{printable(path)} is damaged: run python tokenizer.py again")
+    return saved
+
+
+def batches(dataset, index_lists):
+    """Reads images only as they are needed, in two other processes if it is worth starting them. For each list of
+    indices: (uint8 [B, 3, H, W], list of captions)."""
+    workers = 2 if sum(map(len, index_lists)) >= 2000 else 0
+    return DataLoader(dataset, batch_sampler=index_lists, num_workers=workers, collate_fn=collate)
+
+
+def collate(items):
+    return torch.stack([image for image, _ in items]), [caption for _, caption in items]
+
+
+def chunks(indices, size):
+    """A list cut into lists that fit into memory whatever the image size: 256 images of 32 x 32, 4 of 256 x 256."""
+    n = max(1, min(256, 2 ** 18 // size ** 2))
+    return [indices[i:i + n] for i in range(0, len(indices), n)]
+
+
+def read(model, dataset, indices, title="", compare=False):
+    """Encode images of a dataset: (tokens [n, N] int64, n captions, mean PSNR in dB, or nan unless `compare`)."""
+    device, tokens, captions, quality = model.codebook.device, [], [], [torch.tensor([math.nan])]
+    with tqdm(total=len(indices), desc=title, unit="img", disable=not title) as bar:
+        for images, texts in batches(dataset, chunks(indices, model.config["size"])):
+            images = to_float(images.to(device))
+            tokens.append(model.encode(images))
+            captions += texts
+            if compare:
+                quality.append(psnr(model.decode(tokens[-1]), images).cpu())
+            bar.update(len(images))
+    return torch.cat(tokens).cpu(), captions, torch.cat(quality).nanmean().item()
+
+
+# ---------------------------------------------------------------- training
+
+def train(dataset, learn, look, config, steps, batch, seed, device, out, resume):
+    """A new Tokenizer, trained on the images `learn` of a dataset; `look` are the validation images to report on.
+    Its state goes to `out` every SAVE_EVERY seconds; with `resume` it goes on from there, on a CPU bit for bit."""
+    torch.manual_seed(seed)
+    model = Tokenizer(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    path, first, saved_at = resume_path(out), 0, time.time()
+    asked = dict(config, steps=steps, batch=batch, seed=seed, images=len(learn))
+    if resume and os.path.exists(path):
+        state = load(path, "tokenizer_resume", "python tokenizer.py without --resume")
+        for name, made, now in [("data", state["made_from"].get("data"), dataset.fingerprint)] + [
+                (key, state["config"].get(key), asked[key]) for key in asked]:
+            if made != now:
+                raise UserError(f"{printable(path)} was made with {name} {printable(made)}, now it is {now}: give the "
+                                "same flags, or leave out --resume")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    if resume:
+        print(f"resuming at step {first:,}" if first else f"nothing to resume in {printable(out)}: starting afresh")
+
+    plan = [[learn[i] for i in batch_of(step, batch, len(learn), seed)] for step in range(first, steps)]
+    with tqdm(total=steps * batch, initial=first * batch, desc="tokenizer", unit="img") as bar:
+        for step, (images, _) in enumerate(batches(dataset, plan), first):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            loss = model.loss(to_float(images.to(device)), step, seed)
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at step {step}: try a larger --batch or another --seed")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            bar.update(len(images))
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+            if (step + 1) % max(steps // 4, 100) == 0:
+                tokens, _, quality = read(model, dataset, look, compare=True)
+                tqdm.write(f"step {step + 1:,}: validation PSNR {quality:.2f} dB")
+            if time.time() - saved_at > SAVE_EVERY:
+                save(path, dict(kind="tokenizer_resume", version=1, config=asked, made_from=dict(data=dataset.fingerprint),
+                                step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict()))
+                saved_at = time.time()
+    return model
+
+
+def resume_path(out):
+    return os.path.join(out, "tokenizer_resume.pt")
+
+
+def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, steps=2000, batch=8, limit=0, seed=0,
+                device="", resume=False):
+    """Train a tokenizer, encode all images, write tokenizer.pt, tokens.pt and reconstructions.png to `out`; returns
+    the Tokenizer. The arguments are the flags. UserError, before anything is written, if one makes no sense."""
+    began, device = time.time(), pick_device(device)
+    check(size, downsample, codebook, steps, batch, limit)
+    images, test = open_data(data, size, "train"), open_data(data, size, "test")
+    describe(images), describe(test)
+    os.makedirs(out, exist_ok=True)                              # now: if it cannot be written, better to know at once
+    n = min(limit or len(images), len(images))
+    held = held_back(n)
+    learn = [i for i in range(n) if i not in held]
+    config = dict(size=size, downsample=downsample, codebook=codebook, width=WIDTH, fine=FINE, dim=DIM)
+    model = train(images, learn, sorted(held)[:256] or learn, config, steps, batch, seed, device, out, resume)
+    took = time.time() - began
+
+    tokens, captions, _ = read(model, images, list(range(n)), "encoding")
+    split = torch.tensor([1 if i in held else 0 for i in range(n)] + [2] * len(test), dtype=torch.uint8)
+    used, perplexity = usage(tokens[split[:n] == 0], codebook)
+    print(f"{used} of {codebook} codes in use ({used / codebook:.0%}), perplexity {perplexity:.0f}, over the training images")
+    shown, pick, which = images, sorted(held) or learn, "validation"
+    if len(test):
+        shown, pick, which = test, list(range(len(test))), "test"
+        more, texts, quality = read(model, test, pick, "encoding", compare=True)
+        tokens, captions = torch.cat([tokens, more]), captions + texts
+    else:
+        quality = read(model, images, pick, compare=True)[2]
+    print(f"PSNR {quality:.2f} dB on {len(pick):,} {which} images")
+
+    names = sorted(set(captions))
+    place = {name: i for i, name in enumerate(names)}
+    small = next(t for t in (torch.uint8, torch.int16, torch.int32) if codebook - 1 <= torch.iinfo(t).max)
+    made_from = dict(data=images.fingerprint)
+    save(os.path.join(out, "tokenizer.pt"), dict(kind="tokenizer", version=1, config=config, made_from=made_from,
+                                                 model=model.state_dict()))
+    save(os.path.join(out, "tokens.pt"), dict(
+        kind="tokens", version=1, made_from=dict(made_from, tokenizer=model.fingerprint),
+        config=dict(rows=model.rows, cols=model.cols, codebook=codebook, size=size, downsample=downsample, data=str(data)),
+        tokens=tokens.to(small), captions=names, split=split,
+        caption_index=torch.tensor([place[caption] for caption in captions], dtype=torch.int32)))
+    some = to_float(torch.stack([shown[i][0] for i in pick[::max(1, len(pick) // 32)][:32]])).to(device)
+    pairs = torch.stack([some, model.decode(model.encode(some))], 1).flatten(0, 1)     # original, reconstruction, ...
+    sheet(pairs, 8, max(1, 96 // size)).save(os.path.join(out, "reconstructions.png"))
+    if os.path.exists(resume_path(out)):
+        os.remove(resume_path(out))
+    print(f"wrote tokenizer.pt, tokens.pt, reconstructions.png to {printable(out)} in {time.time() - began:.0f} s, "
+          f"{took:.0f} s of them training\nnext: python anyorder.py" + (f" --out {printable(out)}" if out != "out" else ""))
+    return model
+
+
+def check(size, downsample, codebook, steps, batch, limit):
+    """UserError for flags that make no sense, with one that does."""
+    if downsample < 2 or downsample & (downsample - 1):
+        raise UserError(f"--downsample {downsample} is not a power of two: take 2, 4, 8 or 16")
+    if size < 1 or size % downsample:
+        raise UserError(f"--size {size} is not divisible by --downsample {downsample}: take --size "
+                        f"{max(1, round(size / downsample)) * downsample}")
+    if not 2 <= codebook <= 65536:
+        raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 512")
+    if steps < 1 or batch < 1 or limit < 0:
+        raise UserError(f"--steps {steps} --batch {batch} --limit {limit}: expected at least 1, 1 and 0")
 
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--downsample", type=int, default=4)
-    parser.add_argument("--codebook", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
+    parser.add_argument("--downsample", type=int, default=4, help="pixels per side of a token's cell, a power of two")
+    parser.add_argument("--codebook", type=int, default=512, help="number of different tokens, V")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--batch", type=int, default=8, help="images per training step")
+    parser.add_argument("--limit", type=int, default=0, help="use only the first so many training images; 0 takes all")
+    parser.add_argument("--resume", action="store_true", help="go on where a stopped run of the same command left off")
     make_tokens(**vars(parser.parse_args()))
 
 
