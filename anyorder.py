@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import UserError, arguments, fingerprint, load, open_data, pick_device, run, save, sheet, words_of
-from tokenizer import load_tokenizer, load_tokens, make_tokens
+from tokenizer import batch_of, load_tokenizer, load_tokens, make_tokens, seeded
 
 HEAD = 32           # channels per attention head
 CAPTION = 16        # at most so many words of a caption are read
@@ -276,19 +276,6 @@ def draw(model, captions, order, generator=None):
 # What every training run needs
 
 
-def seeded(*numbers):
-    """A generator whose stream is a pure function of these integers. Training draws all chance of step s from
-    seeded(seed, s): a resumed run repeats it without saved generator states, with any number of processes."""
-    return torch.Generator().manual_seed(int(fingerprint(*map(str, numbers)), 16) >> 1)
-
-
-def batch_of(step, batch, n, seed):
-    """Which of n images step `step` sees: [batch] int64. Every image once per epoch, freshly shuffled each epoch."""
-    place = torch.arange(step * batch, (step + 1) * batch)
-    shuffled = {e: torch.randperm(n, generator=seeded(seed, "epoch", e)) for e in (place // n).unique().tolist()}
-    return torch.stack([shuffled[p // n][p % n] for p in place.tolist()])
-
-
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first twentieth of the run, then a cosine to zero."""
     warm = max(1, steps // 20)
@@ -471,7 +458,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:
-        file = load(unfinished, "unfinished", f"python anyorder.py without --resume")
+        file = load(unfinished, "unfinished", "python anyorder.py without --resume")
         if file["config"] != settings or file["made_from"] != made_from:
             other = [k for k in settings if file["config"].get(k) != settings[k]] or ["tokens.pt"]
             raise UserError(f"{unfinished} was begun with another {', '.join(other)}: repeat its flags, or leave out --resume")
@@ -494,8 +481,8 @@ def main():
     say = (lambda line: None) if rank else bar.write
     while step < args.steps:
         start = time.time()
-        chance = seeded(args.seed, step)
-        pick = train[batch_of(step, args.batch, len(train), args.seed)]                    # the same on every process
+        chance = seeded(args.seed, step)                                                   # the same on every process
+        pick = train[batch_of(step, args.batch, len(train), args.seed)]    # step and seed alone decide: --resume repeats it
         order = orders(args.batch, N, chance)
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         mine = slice(rank, None, world)                                                    # each takes its share

@@ -43,7 +43,8 @@ MAX_BYTES = 2 ** 28      # of an image file
 MAX_CAPTION = 1000       # characters
 VERSION = 1              # of the .pt files
 GARMENTS = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()  # the labels of Fashion-MNIST
-SUNSETS, SUNSETS_TRAIN, SUNSETS_VERSION = 50_000, 45_000, 1
+SUNSETS, SUNSETS_TRAIN = 50_000, 45_000
+SUNSETS_VERSION = 1      # to be raised when the renderer changes, so that old tokens are not mistaken for new ones
 
 warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files would look like errors of ours
 
@@ -208,6 +209,9 @@ def load(path, kind, made_by):
             # checksums, which torch.load does not: a flipped bit in a weight would go unnoticed.
             if sum(entry.file_size for entry in archive.infolist()) > size or archive.testzip():
                 raise ValueError
+            # the one allowed type that takes memory by a mere number
+            if any(b"bytearray\n" in archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")):
+                raise ValueError
             file.seek(0)
             contents = torch.load(file, weights_only=True, map_location="cpu")
         todo, seen = [contents], set()  # `seen`: a list may hold itself
@@ -301,7 +305,8 @@ class Folder(torch.utils.data.Dataset):
             raise UserError(f"{self.name}: none of {len(files):,} images can be read, such as {printable(first)} "
                             f"({self.problem(first)})")
         if split == "train" and readable not in self.mine:
-            raise UserError(f"{self.name}: its {len(files)} images all fall into the held-out tenth: add more images")
+            raise UserError(f"{self.name}: none of {len(files):,} images is both readable and outside the held-out tenth: "
+                            "add more images")
 
     def problem(self, name):
         """Why an image cannot be read, in a few words; "" if it can."""
@@ -379,7 +384,7 @@ def find_images(root):
                 todo.append(name)
             elif entry.name.lower().endswith(ENDINGS):
                 files[name] = size
-            elif entry.name.lower().endswith(".txt"):
+            elif entry.name.endswith(".txt"):
                 texts.add(name)
     return dict(sorted(files.items())), texts, locked
 
@@ -393,15 +398,16 @@ def read_metadata(path):
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if not {"file_name", "text"} <= set(columns):
-                raise UserError(f"{printable(path)} begins with {printable(','.join(columns))[:80]}, expected file_name,text")
+                raise UserError(f"{printable(path)} begins with {printable(','.join(columns))[:80]}, "
+                                "expected file_name,text")
             return {os.path.normpath(row["file_name"]).replace("\\", "/"): one_line(row["text"] or "")
                     for row in reader if row["file_name"]}
     except (csv.Error, OSError) as error:
-        raise UserError(f"{printable(path)} is not a readable csv file ({printable(error)}): mend or remove it") from None
+        raise UserError(f"{printable(path)} is no readable csv file ({printable(error)}): mend or remove it") from None
 
 
 def caption_of(root, name, rows, texts):
-    """The caption of an image: its row in metadata.csv, else the .txt beside it, else its sub-folder's name, else ""."""
+    """Of an image: its row in metadata.csv, else the .txt beside it, else the name of its sub-folder, else empty."""
     if name in rows:
         return rows[name]
     beside = os.path.splitext(name)[0] + ".txt"
@@ -430,8 +436,9 @@ class Idx(torch.utils.data.Dataset):
     def __init__(self, path, size, split):
         self.name, self.size, self.split = printable(path), size, split
         files = idx_files(path)
-        self.fingerprint = fingerprint("idx", [(key, os.path.getsize(files[key]), # the first megabyte will do
-                                                np.fromfile(files[key], np.uint8, 2 ** 20).tobytes()) for key in sorted(files)])
+        self.fingerprint = fingerprint("idx", [
+            (key, os.path.getsize(file), np.fromfile(file, np.uint8, 2 ** 20).tobytes())  # the first megabyte will do
+            for key, file in sorted(files.items())])
         own_test = ("test", "images") in files
         part = "test" if own_test and split == "test" else "train"
         if (part, "images") not in files:
@@ -439,11 +446,11 @@ class Idx(torch.utils.data.Dataset):
         self.images = read_idx(files[part, "images"], 3)
         labels = read_idx(files[part, "labels"], 1).tolist() if (part, "labels") in files else None
         if labels and len(labels) != len(self.images):
-            raise UserError(f"{self.name} has {len(self.images)} images but {len(labels)} labels: fetch both files again")
+            raise UserError(f"{self.name} has {len(self.images)} images but {len(labels)} labels: fetch both again")
         names = GARMENTS if "fashion" in os.path.abspath(path).lower() else []
         self.rows = [i for i in range(len(self.images)) if own_test or held_out(str(i)) == (split == "test")]
-        self.captions = [(names[labels[i]] if labels[i] < len(names) else str(labels[i])) if labels else ""
-                         for i in self.rows]
+        words = [names[k] if k < len(names) else str(k) for k in range(256)]
+        self.captions = [words[labels[i]] if labels else "" for i in self.rows]
 
     def __len__(self):
         return len(self.rows)
@@ -481,13 +488,13 @@ def read_idx(path, dimensions):
         with (gzip.open if packed else open)(path, "rb") as file:
             head = file.read(header)
             if len(head) < header or head[:4] != bytes([0, 0, 8, dimensions]):
-                raise UserError(f"{name} is not an IDX file of {dimensions} dimensions: --data takes a folder of images, "
-                                "an IDX file, or sunsets")
+                raise UserError(f"{name} is not an IDX file of {dimensions} dimensions: "
+                                "--data takes a folder of images, an IDX file, or sunsets")
             shape = [int.from_bytes(head[i:i + 4], "big") for i in range(4, header, 4)]
             length = math.prod(shape)
             most = min(1100 * there, 2 ** 31) if packed else there - header  # gzip packs to a thousandth at best
             if not 0 < length <= most or math.prod(shape[1:]) > MAX_PIXELS:
-                raise UserError(f"{name} claims to hold {' x '.join(map(str, shape))} bytes, which cannot be: fetch it again")
+                raise UserError(f"{name} claims {' x '.join(map(str, shape))} bytes, which cannot be: fetch it again")
             if not packed and length == most:
                 return np.memmap(path, np.uint8, "r", header, tuple(shape))
             if packed:
@@ -512,7 +519,8 @@ PALETTES = {  # sun, its rim, sky at the horizon, half way up, at the top, lit s
 PALETTES = {name: np.frombuffer(bytes.fromhex(colours), np.uint8).astype(np.float32).reshape(7, 3, 1, 1) / 255
             for name, colours in PALETTES.items()}
 PLACES = {"on the left": 0.24, "in the middle": 0.5, "on the right": 0.76}
-PUFFS = (-0.75, 0.0, 0.32), (-0.35, -0.2, 0.42), (0.15, -0.36, 0.48), (0.55, -0.1, 0.40), (0.9, 0.05, 0.25), (0, 0, 0.5)
+PUFFS = ((-0.75, 0.0, 0.32), (-0.35, -0.2, 0.42), (0.15, -0.36, 0.48), (0.55, -0.1, 0.40), (0.9, 0.05, 0.25),
+         (0.0, 0.0, 0.5))  # of a cloud: x, y, radius in units of its width
 COUNTS = ("no clouds", "one cloud", "two clouds", "three clouds")
 
 
@@ -550,7 +558,7 @@ def sunset_caption(index):
 def sunset_scene(index):
     """All that is random about landscape `index`: a dict, in units of the picture's side (x to the right, y down)."""
     caption, colour, low, place, count, ranges = sunset_caption(index)
-    draw = iter(np.random.default_rng(index).random(256).tolist())  # one call to numpy costs more than its numbers
+    draw = iter(np.random.default_rng(index).random(128).tolist())  # one call to numpy costs more than its numbers
 
     def between(a, b):
         return a + (b - a) * next(draw)
@@ -560,12 +568,13 @@ def sunset_scene(index):
     clouds = []
     for _ in range(count):
         x, y = free.pop(int(next(draw) * len(free)))
+        free = [spot for spot in free if math.dist(spot, (x, y)) > 0.2] or free
         flip = 1 if next(draw) < 0.5 else -1
         puffs = [(flip * u + between(-0.1, 0.1), v + between(-0.08, 0.08), r * between(0.85, 1.1)) for u, v, r in PUFFS]
-        clouds.append((x + between(-0.09, 0.09), y + between(-0.03, 0.03), between(0.12, 0.18), puffs))
+        clouds.append((x + between(-0.08, 0.08), y + between(-0.03, 0.03), between(0.13, 0.19), puffs))
     hills = [[(between(-0.1, 1.1), between(0.10, 0.26), between(0.03, 0.11)) for _ in range(3)] for _ in range(ranges)]
     return dict(caption=caption, palette=PALETTES[colour], low=low, line=line, radius=radius, sun=sun,
-                clouds=sorted(clouds, key=lambda cloud: cloud[1]), hills=hills, waves=[between(0, 6.28) for _ in range(4)])
+                clouds=clouds, hills=hills, waves=[between(0, 2 * math.pi) for _ in range(4)])
 
 
 def render_sunset(index, size=32):
@@ -608,10 +617,10 @@ def render_sunset(index, size=32):
         tx, ty = sun_x - cx, sun_y - cy
         far = math.hypot(tx, ty)
         tx, ty = tx / far, ty / far
-        px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))    # [5] each
+        px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))    # [6] each
 
         def density(sx, sy):
-            return bump(y, cy + sy + py, 0.75 * pr) @ bump(x.T, cx + sx + px, pr).T     # [H, 5] @ [5, W]
+            return bump(y, cy + sy + py, 0.75 * pr) @ bump(x.T, cx + sx + px, pr).T     # [H, 6] @ [6, W]
         here = density(0, 0)
         toward = here - density(-0.25 * width * tx, -0.25 * width * ty)       # > 0 where the next puff does not shade
         light = 0.5 + 0.6 * toward + 0.3 * ((x - cx) * tx + (y - cy) * ty) / width
@@ -620,9 +629,8 @@ def render_sunset(index, size=32):
               shade + unit(light) * (lit - shade), "cloud")
     # hills, bluer and paler the farther they are; they leave a gap for a low sun
     gap = 1 - 0.9 * bump(x, sun_x, 2.2 * radius) if scene["low"] else 1
-    heights = [gap * sum(h * bump(x, c, w) for c, w, h in hills) * scale for hills, scale in zip(scene["hills"], (1, .6))]
-    slopes = list(zip(heights, (0.5, 0.15)))
-    for height, haze in slopes:
+    heights = [gap * k * sum(h * bump(x, c, w) for c, w, h in hills) for k, hills in zip((1, 0.6), scene["hills"])]
+    for height, haze in zip(heights, (0.5, 0.15)):
         paint(edge(y - line + height), haze * horizon + (1 - haze) * 0.6 * shade, "hills")
     # the sea mirrors the sky and the hills, darker towards the viewer, in waves that grow towards the viewer
     t = unit((y - line) / (1 - line))                   # 0 at the horizon, 1 at the viewer's feet
@@ -630,11 +638,12 @@ def render_sunset(index, size=32):
     paint(sea, sky(t) * (0.82 - 0.3 * t), "sea")
     a, b, c, d = scene["waves"]
     depth = 1 / (t + 0.22)
-    for height, haze in slopes:
+    for height in heights:
         picture += sea * edge(0.8 * height - (y - line), 0.05) * 0.4 * (0.5 * shade - picture)
     ripple = np.sin(8 * depth + a + 1.2 * np.sin(5 * x + b) + 0.7 * np.sin(11 * x * np.sqrt(depth) + c))
     if size > 32:  # finer waves, where there are pixels enough to show them
-        ripple += min(1, size / 64 - 0.5) * t * np.sin(50 * depth + 2 * np.sin(9 * x + d) + 3 * np.sin(13 * x * depth + b))
+        swell = 2 * np.sin(9 * x + d) + 3 * np.sin(13 * x * depth + b)
+        ripple += min(1, size / 64 - 0.5) * t * np.sin(50 * depth + swell)
     picture += sea * np.minimum(4 * t, 1) * 0.10 * (ripple + 0.3) * (horizon - picture)
     wide = radius * (0.55 + 0.9 * t) * (1 + 0.3 * np.sin(11 * depth + d))
     glitter = bump(x, sun_x + 0.015 * np.sin(8 * depth + a), wide) * (0.95 - 0.3 * t) * (0.85 + 0.15 * ripple)
@@ -670,8 +679,8 @@ def describe(dataset):
     """Print how many images, captions and distinct words a dataset has, and which files were skipped."""
     captions = dataset.captions
     words = {word for caption in set(captions) for word in words_of(caption)}
-    print(f"{dataset.name} ({dataset.split}): {len(dataset):,} images, {len(set(captions) - {''}):,} different captions, "
-          f"{len(words):,} different words")
+    print(f"{dataset.name} ({dataset.split}): {len(dataset):,} images, {len(set(captions) - {''}):,} captions, "
+          f"{len(words):,} distinct words")
     if dataset.skipped:
         more = len(dataset.skipped) - 10
         print(f"skipped {len(dataset.skipped):,} unreadable: " + ", ".join(dataset.skipped[:10])

@@ -40,14 +40,14 @@ from tqdm import tqdm
 
 from anyorder import load_model, rank_of
 from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable, render_sunset,
-                  run, save, sheet, to_float, to_uint8)
+                  replacing, run, save, sheet, to_float, to_uint8)
 from order_infer import order_maps
 from sample import ORDERS, generate
 from tokenizer import load_tokenizer
 
 HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
 KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
-LEAST = 16           # fewer images have no covariance and no neighbours worth the name
+NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot be compared
 SAMPLE = 256         # completions per row, and orders that are compared between rows, at most
 # What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
 # any-order model, from whose choices the finetuned one has learned
@@ -106,7 +106,7 @@ def kernel_distance(a, b, block=2048):
     return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
-def precision_recall(real, drawn, k=3, block=1024):
+def precision_recall(real, drawn, k=NEIGHBOURS, block=1024):
     """Share of `drawn` [m, f] within the k-th nearest neighbour ball of any of `real` [n, f], and the reverse: (precision,
     recall) in 0..1. Precision is quality, recall is diversity."""
     real, drawn = real - real.mean(0), drawn - real.mean(0)                # the distances stay, float32 loses less
@@ -203,8 +203,8 @@ class Judge(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, w = dict(config), config["width"]
-        sizes = [3, w, 2 * w, 4 * w, 4 * w]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2 if a > 3 else 1, 1) for a, b in zip(sizes, sizes[1:]))
+        self.convs = nn.ModuleList([nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.Conv2d(2 * w, 4 * w, 3, 2, 1),
+                                    nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
         self.head = nn.Linear(4 * w, len(config["classes"]))
 
     def activations(self, images):
@@ -230,7 +230,7 @@ def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
     classes = sorted(counts) if named else ["0", "90", "180", "270"]
     torch.manual_seed(seed)
     judge = Judge({"task": "captions" if named else "rotations", "classes": classes, "width": width}).to(device)
-    chance = torch.Generator().manual_seed(seed)
+    chance, steps = torch.Generator().manual_seed(seed), min(steps, 40 * math.ceil(len(dataset) / batch))  # 40 epochs at most
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     with tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True) as bar:
         for step in bar:
@@ -293,7 +293,7 @@ def validate_judge(features, images, seed=0):
     half = len(images) // 2
     target = moments(features(images[half:2 * half]))
     report = {"real": frechet(moments(features(images[:half])), target)}
-    damage = {"noise": (0.2, 0.4, 0.8), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
+    damage = {"noise": (0.3, 0.6, 1.2), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
     for how, strengths in damage.items():
         report[how] = [frechet(moments(features(corrupted(images[:half], how, s, chance))), target) for s in strengths]
     report["ratio"] = min(report[how][0] for how in damage) / max(report["real"], 1e-12)
@@ -524,9 +524,10 @@ def main():
     parser.add_argument("--lpips-backbone", default="", help="torchvision's alexnet .pth, for true LPIPS")
     parser.add_argument("--lpips-linear", default="", help="the lpips package's weights/v0.1/alex.pth")
     args = parser.parse_args()                         # --speed and its speed_table(...) enter here
-    if args.n < LEAST or args.batch < 1 or not 0 <= args.guidance <= 100:
-        raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {LEAST}, batch at least 1, "
-                        f"guidance in 0..100")
+    least = NEIGHBOURS + 1
+    if args.n < least or args.batch < 1 or not 0 <= args.guidance <= 100:
+        raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {least}, batch at least "
+                        "1, guidance in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
     device, out = pick_device(args.device), args.out
@@ -536,8 +537,8 @@ def main():
     train, test = (open_data(args.data or about["data"], size, split) for split in ("train", "test"))
     if train.fingerprint != about["made_from"]["data"]:
         raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: name that by --data")
-    if len(test) < LEAST:
-        raise UserError(f"{train.name} has {len(test)} held-out images, at least {LEAST} are needed: add images")
+    if len(test) < least:
+        raise UserError(f"{train.name} has {len(test)} held-out images, at least {least} are needed: add images")
     if args.lpips_backbone and size < 31:
         raise UserError(f"images of {size} pixels are too small for LPIPS, which needs 31: leave out --lpips-backbone")
     distance, extract = load_inception(args.inception, device) if args.inception else ("Frechet (judge)", None)
@@ -571,10 +572,8 @@ def main():
             ranks.append(rank[:SAMPLE])
             shown.append((row[0], *show))
             report["agreement"] = [[rank_correlation(a, b) for b in ranks] for a in ranks]
-            # after every row, so that an interrupt loses one at most; whole or not at all
-            with open(os.path.join(out, "results.json.tmp"), "w") as file:
-                json.dump(report, file, indent=1)
-            os.replace(file.name, os.path.join(out, "results.json"))
+            with replacing(os.path.join(out, "results.json")) as file:     # after every row: an interrupt loses one at most
+                file.write(json.dumps(report, indent=1).encode())
             draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen",
                                                         "lpips")}, os.path.join(out, "results.png"))
             draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"], os.path.join(out, "compare.png"))

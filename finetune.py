@@ -33,10 +33,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (DROP, AnyOrder, batch_of, join, learning_rate, load_model, loss_curve, on_interrupt, open_tokens,
-                      precision, rank_of, raster_order, save_model, seeded)
+from anyorder import (DROP, AnyOrder, join, learning_rate, load_model, loss_curve, on_interrupt, open_tokens,
+                      precision, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, pick_device, run, save
 from order_infer import check_model, load_orders
+from tokenizer import batch_of, seeded
 
 
 def location_loss(where, order):
@@ -78,8 +79,8 @@ def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("inferred", "class", "raster"), default="inferred", help="what to specialise in")
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
-    parser.add_argument("--batch", type=int, default=64, help="images per step over all processes (default 64)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
@@ -107,7 +108,7 @@ def main():
     val = val if len(val) else train[:512]
     order = specialised_orders(args.order, file, held, train).to(device)
     val_order = specialised_orders(args.order, file, held, val).to(device)
-    N, V = model.N, model.V
+    N = model.N
 
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
@@ -142,7 +143,7 @@ def main():
     say = (lambda line: None) if rank else bar.write
     while step < args.steps:
         start = time.time()
-        pick = batch_of(step, args.batch, len(train), args.seed)[rank::world].to(device)
+        pick = torch.tensor(batch_of(step, args.batch, len(train), args.seed))[rank::world].to(device)
         told = (torch.rand(args.batch, 1, generator=seeded(args.seed, step)) >= DROP)[rank::world].to(device)
         o, t = order[pick], tokens[train.to(device)[pick]]
         for group in optimizer.param_groups:

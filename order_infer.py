@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from anyorder import Drawing, join, load_model, on_interrupt, open_tokens, precision, rank_of, seeded
+from anyorder import Drawing, join, load_model, on_interrupt, open_tokens, precision, rank_of
 from data import UserError, arguments, fingerprint, load, pick_device, run, save, sheet, to_uint8
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, seeded
 
 # Higher comes earlier. logits [B, C, V] float32 -> [B, C] in nats.
 SCORES = ("confidence", "margin", "entropy", "calibrated", "likelihood")
@@ -177,7 +177,7 @@ def main():
     parser.add_argument("--model", default="", help="the any-order model (default OUT/anyorder.pt)")
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
     parser.add_argument("--distance", type=float, default=0.0, help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=int, default=8000, help="orders for the first N training images (0: for all)")
+    parser.add_argument("--limit", type=int, default=4000, help="orders for the first N training images (0: for all)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()
     if args.limit < 0 or not args.distance >= 0:

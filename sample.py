@@ -1,39 +1,47 @@
 """The idea: drawing is a loop of two questions, where next? and what is there?
 
     until all cells are drawn:
-        cell  ~ where      raster | random | a given order | inferred (every free cell is tried) | learned (the order head)
+        cell  ~ where      raster | random | a given order | inferred (every free cell is tried) | learned (order head)
         token ~ p(x_cell | caption, what was drawn, cell)
 
 All models and all orders go through this one loop (`generate`); only the first line differs. Cells whose content is
-given are asked for first and their content is kept: completing an image is the same loop with a head start.
-
-    where       evaluations for N cells
-    raster, random, class, learned     N
-    inferred                           N^2 / 2          (see order_infer.py)
+given are asked for first and keep it: completing, editing and extending an image is the same loop with a head start.
+Pixels outside the mask come back bit for bit: the kept pixels are laid on top of the decoded cells, and the seam is
+hidden inside the mask only (`compose`). What lies under the mask is never read.
 
 reads    a model (out/ordered.pt, out/anyorder.pt or out/raster.pt) and out/tokenizer.pt
-writes   out/samples.png (images), out/samples_order.png (the orders, dark first), out/samples.gif (they draw themselves)
-run      python sample.py --caption "low red sun on the left two clouds"               MEASURED
-you see  images, each beside the order in which it was drawn
+writes   out/samples.png (or completed, extended), the same with _order (dark first, grey was given), and a .gif: images
+         draw themselves; small squares are free cells, the brighter the sooner, and the framed one comes next
+run      python sample.py --caption "low red sun on the left two clouds"    MEASURED; with --why 20 a still of step 20
+         python sample.py --complete photo.png --mask right                 eight ways to go on
+         python sample.py --complete photo.png --mask hat.png --caption sun a sun where hat.png is white
+         python sample.py --complete photo.png --extend 3x1                 what is left and right of it
+         python sample.py --likelihood photo.png                            its nats per token in three orders
 not here training, quality figures (evaluate.py)
 """
 
 import math
 import os
+import re
+import textwrap
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
-from anyorder import Drawing, load_model, random_order, raster_order, seeded
-from data import UserError, arguments, load, pick_device, run, sheet, to_uint8
-from order_infer import location_scores, order_maps, rank_of, step_lengths, unfinished, without
-from tokenizer import load_tokenizer
+from anyorder import Drawing, load_model, random_order, rank_of, raster_order
+from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run, sheet,
+                  to_float, to_uint8)
+from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, without
+from tokenizer import load_tokenizer, seeded
 
 ORDERS = ("raster", "random", "inferred", "class", "learned")
+TILE = 128          # pixels: an image of the trained size is shown about so large
+BATCH = 32          # images drawn at once
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax), then the top_k likeliest tokens (0: all), then the
-    fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020)."""
+    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax), then the top_k likeliest tokens (0: all), then
+    the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
@@ -50,8 +58,7 @@ def caption_orders(model, captions):
     if "caption_rank" not in model.about:
         raise UserError("this model knows no order per caption: run python order_infer.py and python finetune.py first")
     rank, known = model.about["caption_rank"], {c: i for i, c in enumerate(model.about["captions"])}
-    rows = [rank[known[c]] if c in known else rank.mean(0) for c in captions]
-    return torch.stack(rows).argsort(1)
+    return torch.stack([rank[known[c]] if c in known else rank.mean(0) for c in captions]).argsort(1)
 
 
 @torch.inference_mode()
@@ -63,83 +70,73 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     order      "raster", "random", "inferred", "class", "learned", or a visit list [B, N]
     score, distance    how "inferred" chooses, see order_infer.location_scores
     policy     another model that chooses the inferred locations (say, the any-order model that the orders came from)
-    guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022)
+    guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
+               A pair (a, b) goes from a at the first cell to b at the last, linearly in the share of drawn cells
     given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn
     generator  of torch, on the model's device; makes it repeatable
-    watch      a list that receives, for each step, (free cells [B, C], their scores [B, C]) where scores exist
+    watch      a list that receives, for each step, (free cells [B, C], their scores [B, C] in nats) where the order has
+               scores: "inferred" those of location_scores, "learned" the order head's log-probabilities
     """
     B, N, device = len(captions), model.N, model.hop.device
-    if generator is None:
-        generator = torch.Generator(device).manual_seed(0)
+    generator = generator or torch.Generator(device).manual_seed(0)
     words = model.read(captions)
-    if guidance != 1:
+    first, last = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    if (first, last) != (1, 1) and words.any():
         words = torch.cat((words, torch.zeros_like(words)))                # the second half has no caption
-    copies = len(words) // B
-    drawing = Drawing(model, words)
+    drawing, copies = Drawing(model, words), len(words) // B
     chooser = Drawing(policy, policy.read(captions)) if policy is not None else None
-
-    fixed = None                                                           # the visit list, where there is one
-    if isinstance(order, torch.Tensor):
-        fixed = order.to(device)
-    elif order == "raster":
-        fixed = raster_order(B, N).to(device)
-    elif order == "random":
-        fixed = torch.rand(B, N, generator=generator, device=device).argsort(1)
-    elif order == "class":
-        fixed = caption_orders(model, captions).to(device)
-    elif order == "learned" and not model.config["order_head"]:
-        raise UserError("this model has no order head, order 'learned' needs one: run python finetune.py first")
-    elif order not in ORDERS:
+    fixed, order = (order, "given") if isinstance(order, torch.Tensor) else (None, order)      # the visit list, if any
+    if order not in (*ORDERS, "given"):
         raise UserError(f"order {order!r} is not known: choose one of {', '.join(ORDERS)}")
-    cells = fixed if fixed is not None else raster_order(B, N).to(device)
+    if order == "learned" and not model.config["order_head"]:
+        raise UserError("this model has no order head, order 'learned' needs one: run python finetune.py first")
+    fixed = (raster_order(B, N) if order == "raster" else
+             torch.rand(B, N, generator=generator, device=device).argsort(1) if order == "random" else
+             caption_orders(model, captions) if order == "class" else fixed)
+    cells = (raster_order(B, N) if fixed is None else fixed).to(device)
     keep = torch.zeros(N, dtype=torch.bool) if keep is None else keep
-    kept = keep.to(device)[cells]                                          # [B, N], by step
-    first = kept.int().argsort(dim=1, descending=True, stable=True)            # kept cells first, else as they were
-    cells = cells.gather(1, first)
+    cells = cells.gather(1, (~keep.to(device))[cells].int().argsort(dim=1, stable=True))   # kept ones first
     lengths = step_lengths(model).to(device)
-
     tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
     visited = torch.empty(B, N, dtype=torch.long, device=device)
-    for start, end, forced in ((0, int(keep.sum()), True), (int(keep.sum()), N, False)):
-        pool = cells[:, start:end]                                         # [B, C], one cell fewer each step
-        for k in range(start, end):
-            value, logits = None, None
-            if fixed is not None:
-                choice = pool.new_zeros(B)
-            elif order == "learned":
-                value = drawing.next_location()[:B].gather(1, pool)
-                choice = value.argmax(1)
-            else:                                                          # try every cell of the pool
-                if chooser is not None:
-                    tried = chooser.look(pool)
-                else:
-                    tried = logits = drawing.look(pool.repeat(copies, 1))
-                content = tokens.gather(1, pool)
-                if score == "likelihood" and not forced:                   # draw everywhere, keep the likeliest
-                    p = filtered(guided(tried, B, guidance).flatten(0, 1), temperature, top_k, top_p)
-                    content = torch.multinomial(p, 1, generator=generator).view(pool.shape)
-                value = location_scores(tried[:B], score, model.frequency, content)
-                value = value - distance * lengths[drawing.cell[:B, None], pool]
-                choice = value.argmax(1)
-            if watch is not None and value is not None:
-                watch.append((pool.cpu(), value.float().cpu()))
-            cell = pool.gather(1, choice[:, None])                         # [B, 1]
-            at = choice
-            if logits is None:                                             # the location is known: look there only
-                logits, at = drawing.look(cell.repeat(copies, 1)), torch.zeros_like(choice)
-            if not forced:
-                if order == "inferred" and score == "likelihood":
-                    token = content.gather(1, choice[:, None])
-                else:
-                    here = guided(logits[torch.arange(copies * B), at.repeat(copies)][:, None], B, guidance)[:, 0]
-                    token = torch.multinomial(filtered(here, temperature, top_k, top_p), 1, generator=generator)
-                tokens.scatter_(1, cell, token)
-            token = tokens.gather(1, cell)[:, 0]
-            drawing.place(at.repeat(copies), token.repeat(copies))
+    head = int(keep.sum())                                                 # so many steps draw nothing new
+    for k in range(N):
+        if k in (0, head):
+            pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], one cell fewer each step
+        value = logits = None
+        strength = first + (last - first) * k / max(1, N - 1)
+        if order == "learned":
+            value = drawing.next_location()[:B].gather(1, pool).log_softmax(1)
+        elif order == "inferred":                                          # try every cell of the pool
             if chooser is not None:
-                chooser.place(choice, token)
-            visited[:, k] = cell[:, 0]
-            pool = without(pool, choice)
+                tried = chooser.look(pool)
+            else:
+                tried = logits = drawing.look(pool.repeat(copies, 1))
+            content = tokens.gather(1, pool)
+            if score == "likelihood" and k >= head:                        # draw everywhere, keep the likeliest
+                p = filtered(guided(tried, B, strength).flatten(0, 1), temperature, top_k, top_p)
+                content = torch.multinomial(p, 1, generator=generator).view(pool.shape)
+            value = location_scores(tried[:B], score, model.frequency, content)
+            value = value - distance * lengths[drawing.cell[:B, None], pool]
+        if watch is not None and value is not None:
+            watch.append((pool.cpu(), value.float().cpu()))
+        choice = value.argmax(1) if fixed is None else pool.new_zeros(B)
+        cell, at = pool.gather(1, choice[:, None]), choice                 # [B, 1], [B]
+        if logits is None:                                                 # the location is known: look there only
+            logits, at = drawing.look(cell.repeat(copies, 1)), torch.zeros_like(choice)
+        if k >= head:
+            if order == "inferred" and score == "likelihood":
+                token = content.gather(1, choice[:, None])
+            else:
+                here = guided(logits[torch.arange(copies * B), at.repeat(copies)][:, None], B, strength)[:, 0]
+                token = torch.multinomial(filtered(here, temperature, top_k, top_p), 1, generator=generator)
+            tokens.scatter_(1, cell, token)
+        token = tokens.gather(1, cell)[:, 0]
+        drawing.place(at.repeat(copies), token.repeat(copies))
+        if chooser is not None:
+            chooser.place(choice, token)
+        visited[:, k] = cell[:, 0]
+        pool = without(pool, choice)
     return tokens, visited
 
 
@@ -151,59 +148,273 @@ def guided(logits, B, guidance):
     return free + guidance * (told - free)
 
 
-def animation(images, rank, rows, cols, path, scale, columns):
-    """A GIF in which images [n, 3, H, W] uint8 draw themselves in rank [n, N]; some 32 frames, the last one stays."""
-    N = rank.shape[1]
-    steps = sorted({round(i * N / 32) for i in range(33)})
-    frames = [sheet(unfinished(images, rank, step, rows, cols), columns, scale=scale) for step in steps]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [2000], loop=0)
+def windows(shape, grid):
+    """(top, left) of windows of `grid` cells that cover a canvas of `shape` cells, both (rows, cols): the central one
+    first, then outwards. Neighbours overlap by half. windows((2, 4), (2, 2)) is [(0, 1), (0, 0), (0, 2)]."""
+    middle = [(whole - side) // 2 for whole, side in zip(shape, grid)]
+    starts = [{min(max(m + i * max(1, side // 2), 0), whole - side) for i in range(-whole, whole + 1)}
+              for m, whole, side in zip(middle, shape, grid)]
+    return sorted(((top, left) for top in starts[0] for left in starts[1]), key=lambda at: (math.dist(at, middle), at))
+
+
+def fill(model, captions, tokens, known, generator, **how):
+    """Draws the F unknown cells of a canvas, window by window: each is one `generate`, given what is known in it. A
+    window sees nothing outside: what the model always saw at the bottom, it draws at the bottom of each window.
+
+    tokens [B, R * C] int64, known bool [R, C] -> (tokens [B, R * C], order [B, F] of the cells that were drawn, and,
+    where the order has scores, a list of (free cells of the window [B, c], their scores [B, c]), one for each step)
+    """
+    (R, C), rows, cols = known.shape, model.config["rows"], model.config["cols"]
+    tokens, done, order, scores = tokens.clone(), known.flatten().clone(), [tokens[:, :0].cpu()], []
+    for top, left in windows((R, C), (rows, cols)):
+        cells = torch.arange(R * C).view(R, C)[top:top + rows, left:left + cols].flatten()
+        given, watch = int(done[cells].sum()), []
+        if given < len(cells):
+            tokens[:, cells], visited = generate(model, captions, given=tokens[:, cells], keep=done[cells],
+                                                 generator=generator, watch=watch, **how)
+            order.append(cells[visited[:, given:].cpu()])
+            scores += [(cells[pool], value) for pool, value in watch[given:]]
+            done[cells] = True
+    return tokens, torch.cat(order, 1), scores
+
+
+def decode(tokenizer, tokens, shape):
+    """tokens [B, R * C] -> images float [B, 3, H, W] in [-1, 1] on the CPU. Each window is decoded by itself; where
+    windows overlap they fade into each other."""
+    (R, C), rows, cols, side = shape, tokenizer.rows, tokenizer.cols, tokenizer.config["size"] // tokenizer.rows
+    total, weight = torch.zeros(len(tokens), 3, R * side, C * side), torch.zeros(R * side, C * side)
+    up, across = (torch.minimum(i, i.flip(0)).float() for i in (torch.arange(1, n * side + 1) for n in (rows, cols)))
+    for top, left in windows(shape, (rows, cols)):
+        part = tokens.view(-1, R, C)[:, top:top + rows, left:left + cols].flatten(1)
+        area = slice(top * side, (top + rows) * side), slice(left * side, (left + cols) * side)
+        total[:, :, *area] += torch.cat([tokenizer.decode(t).cpu() for t in part.split(BATCH)]) * up[:, None] * across
+        weight[area] += up[:, None] * across
+    return total / weight
+
+
+def spread(value, known, reach):
+    """What the known pixels say about every pixel: the mean of `value` [B, 3, H, W] over `known` [H, W], with weights
+    exp(-(|dx| + |dy|) / reach); and the share of the weight that is known [H, W] (about 1/2 along a straight edge)."""
+    down, across = (torch.exp((torch.arange(n)[:, None] - torch.arange(n)).abs() / -reach) for n in known.shape)
+    weight = down @ known.float() @ across
+    return down @ (value * known) @ across / weight.clamp_min(1e-30), weight / (down.sum(1)[:, None] * across.sum(1))
+
+
+def compose(drawn, picture, hidden, reach):
+    """drawn float [B, 3, H, W], picture uint8 [3, H, W] -> uint8 [B, 3, H, W]: the picture where not `hidden` [H, W],
+    bit for bit. Where hidden, the drawing, shifted in colour to meet the picture at the edge of the mask: by what the
+    tokenizer gets wrong at the kept pixels nearby, fading by a factor e every `reach` pixels away from the edge."""
+    shift, share = spread(to_float(picture) - drawn, ~hidden, reach)
+    return torch.where(hidden, to_uint8(drawn + shift * (2 * share).clamp(max=1)), picture)
+
+
+def read_picture(path, size, expected="an image, such as a .png"):
+    """(uint8 [3, size, size], (width, height) of the file) of an image, as data.py reads it. Warns if that resizes it."""
+    try:
+        picture = read_image(path, size)
+        with Image.open(path, formats=FORMATS) as file:
+            own = file.size[::-1] if file.getexif().get(0x0112, 1) > 4 else file.size      # EXIF: it lies on its side
+    except Exception as error:                                                 # decoders raise nearly everything
+        why = printable(getattr(error, "strerror", None) or str(error).split(" <")[0])[:80]
+        raise UserError(f"{printable(path)} cannot be read ({why}): expected {expected}") from None
+    if own != (size, size):
+        print(f"warning: {printable(path)} is {own[0]}x{own[1]}: its central square is resized to {size}x{size}")
+    return picture, own
+
+
+def read_mask(text, own, size, grid, seed):
+    """--mask -> hidden bool [size, size], True where an image of own = (width, height) is to be drawn anew."""
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")     # centres of the cells
+    cells = {"left": x < 0.5, "right": x > 0.5, "top": y < 0.5, "bottom": y > 0.5,         # a middle cell is in no half
+             "center": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) < 0.25, "": x < 0}.get(text)
+    if text.startswith("random:"):
+        share, _ = numbers("--mask random:", text[7:], 0, 1)
+        cells = torch.randperm(x.numel(), generator=seeded(seed, "mask")).view(grid) < round(share * x.numel())
+    if cells is not None:
+        return grow(cells, size // grid[0])
+    mask, (width, height) = read_picture(text, size, "an image, left, right, top, bottom, center or random:0.5")
+    if (width, height) != own:
+        raise UserError(f"{printable(text)} is {width}x{height}, its image is {own[0]}x{own[1]}: give both the same size")
+    return mask.float().mean(0) > 127
+
+
+def read_captions(texts):
+    """--caption -> list of captions. A name that ends in .txt stands for the lines of that file."""
+    captions = []
+    for text in texts:
+        if text.lower().endswith(".txt"):
+            with open(text, encoding="utf-8-sig", errors="replace") as file:
+                captions += [one_line(line) for line in file if line.strip()] or [""]
+        else:
+            captions.append(one_line(text))
+    return captions
+
+
+def numbers(flag, text, least, most, between=None):
+    """(a, b) from the text "a<between>b", (a, a) from "a"; UserError unless both are numbers in least..most."""
+    found = [float(part) if re.fullmatch(r"\d*\.?\d+", part) else math.nan for part in text.split(between)]
+    if len(found) not in (1, 2) or not all(least <= value <= most for value in found):
+        raise UserError(f"{flag}{printable(text)}: not a number, or not in {least}..{most}")
+    return found[0], found[-1]
+
+
+def grow(value, times):
+    """[..., R, C] -> [..., R * times, C * times] by repetition."""
+    return value.repeat_interleave(times, -2).repeat_interleave(times, -1)
+
+
+def page(path, tiles, labels, columns):
+    """Writes a sheet of tiles [n, 3, H, W] uint8, each with its label below in at most three lines."""
+    font, wide = ImageFont.load_default(12), max(8, tiles.shape[3] // 6)       # letters in a line
+    labels = [textwrap.wrap(label.encode("latin-1", "replace").decode("latin-1"), wide)[:3] for label in labels]
+    gap = 4 + 15 * max(map(len, labels))
+    picture = sheet(tiles, columns, gap=gap)
+    for i, lines in enumerate(labels):
+        corner = gap + i % columns * (tiles.shape[3] + gap), (i // columns + 1) * (tiles.shape[2] + gap)
+        ImageDraw.Draw(picture).multiline_text(corner, "\n".join(lines), "black", font, spacing=2)
+    with replacing(path) as file:
+        picture.save(file, "PNG")
+
+
+def thinking(images, hidden, rank, scores, step, scale):
+    """uint8 images [n, 3, H, W] as they look after `step` steps, enlarged. A free cell is a small square, from dark for
+    the lowest score in its image to bright for the highest, grey without a score; the next one is framed. hidden as in
+    `compose`, scores as from `fill`, rank [n, R, C], below 0 where given."""
+    colour = torch.full((len(rank), 3, *rank.shape[1:]), 150, dtype=torch.uint8)
+    if 0 <= step < len(scores):
+        cells, value = (part[:len(rank)] for part in scores[step])
+        low, high = value.amin(1, keepdim=True), value.amax(1, keepdim=True)
+        shade = colour_map(1 - (high - value) / (high - low).clamp_min(1e-9)).mT           # [n, 3, c]
+        colour.flatten(2).scatter_(2, cells[:, None].expand_as(shade), shade)
+    side = scale * images.shape[2] // rank.shape[1]                            # of a cell
+    inside = (torch.arange(side) - (side - 1) / 2).abs() < 0.35 * side
+    square = torch.where((inside[:, None] & inside).repeat(rank.shape[1:]), grow(colour, side),
+                         torch.where(grow(rank[:, None] == step, side), 255, 60))
+    drawn = grow(rank[:, None] < step, side) | ~grow(hidden, scale)
+    return torch.where(drawn, grow(images, scale), square).to(torch.uint8)
+
+
+def likelihood(model, tokenizer, path, captions, out, seed, how):
+    """Prints the nats per token of an image file in raster, random and inferred order, and draws where they are."""
+    N, (rows, cols), size = model.N, (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
+    picture, tiles, labels = read_picture(path, size)[0], [], []
+    tokens = tokenizer.encode(to_float(picture)[None].to(model.hop.device))
+    for caption in captions:
+        print(f"nats per token, caption {caption!r} (who knows nothing has ln({model.V}) = {math.log(model.V):.3f})")
+        tiles += [picture[None], to_uint8(tokenizer.decode(tokens)).cpu()]
+        labels += [caption or "original", "as tokens"]
+        orders = {"raster": raster_order(1, N), "random": random_order(16, N, seeded(seed, "likelihood")),
+                  "inferred": infer_orders(model, tokens, [caption], how["score"], how["distance"])}
+        for name, order in orders.items():
+            order = order.to(tokens.device)
+            by_step = -model.log_probs(tokens.expand_as(order), [caption] * len(order), order)         # [orders, N]
+            nats = torch.empty_like(by_step).scatter_(1, order, by_step).cpu()                         # by cell
+            print(f"  {name:8s} {nats.mean():.3f}" + f" +- {nats.mean(1).std(correction=0):.3f}" * (name == "random"))
+            tiles.append(order_maps(nats.mean(0, keepdim=True) / math.log(model.V) * (N - 1), rows, cols, size))
+            labels.append(f"{name}: {nats.mean():.3f} nats per token")
+        tiles.append(order_maps(rank_of(orders["inferred"]), rows, cols, size))
+        labels.append("inferred order, dark first")
+    page(f"{out}/likelihood.png", grow(torch.cat(tiles), max(1, TILE // size)), labels, 6)
+    print(f"{out}/likelihood.png: in which cells they are (dark 0, bright ln({model.V}) or more)")
 
 
 def main():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
-    parser.add_argument("--model", default="", help="a .pt of anyorder.py or finetune.py (default OUT/ordered.pt, else anyorder.pt)")
-    parser.add_argument("--order", choices=ORDERS, default=None, help="default: what the model was last trained for")
-    parser.add_argument("--caption", nargs="+", default=None, help="one or more captions; default: some of the training captions")
-    parser.add_argument("--n", type=int, default=32, help="how many images")
+    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, else anyorder.pt)")
+    parser.add_argument("--order", choices=ORDERS, default=None, help="None: what the model was last trained for")
+    parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
+    parser.add_argument("--n", type=int, default=8, help="how many images (of each --caption)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest tokens only (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that make up P")
-    parser.add_argument("--guidance", type=float, default=1.5, help="classifier-free guidance (1: none)")
+    parser.add_argument("--guidance", default="1.5", help="towards the caption (1: none); 0:3 goes from 0 to 3")
+    parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
+    parser.add_argument("--mask", default="", help="left, right, top, bottom, center, random:0.5 or a file")
+    parser.add_argument("--extend", metavar="WxH", default="", help="canvas in grids, IMAGE in its middle: 2x or 3x1")
+    parser.add_argument("--animate", metavar="SECONDS", type=float, nargs="?", const=4, default=4, help="GIF (0: none)")
+    parser.add_argument("--why", metavar="K", type=int, default=0, help="also a still of step K, with all scores")
+    parser.add_argument("--likelihood", metavar="IMAGE", default="", help="only print the nats per token of this image")
     args = parser.parse_args()
-    if args.n < 1 or args.top_k < 0 or not 0 < args.top_p <= 1 or not args.temperature >= 0 or not 0 <= args.guidance <= 100:
-        raise UserError(f"--n {args.n} --top-k {args.top_k} --top-p {args.top_p} --temperature {args.temperature} --guidance "
-                        f"{args.guidance}: n at least 1, top-k and temperature at least 0, top-p in (0, 1], guidance in 0..100")
+    if not (args.n > 0 <= args.top_k and 0 < args.top_p <= 1 and args.temperature >= 0 and 0 <= args.animate <= 600):
+        raise UserError(f"--n {args.n} --top-k {args.top_k} --top-p {args.top_p} --temperature {args.temperature} "
+                        f"--animate {args.animate}: expected n > 0, top-p in (0, 1], animate up to 600, none negative")
+    if args.mask and not args.complete or args.complete and not args.mask + args.extend:
+        raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
+    if args.likelihood and (args.complete or args.extend or args.why):
+        raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend and --why")
+    guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
+    wide, high = numbers("--extend ", args.extend.removesuffix("x") or "1", 1, 8, "x")
     device = pick_device(args.device)
-    path = args.model or next((p for p in (os.path.join(args.out, f) for f in ("ordered.pt", "anyorder.pt", "raster.pt"))
-                               if os.path.exists(p)), os.path.join(args.out, "ordered.pt"))
+    paths = [os.path.join(args.out, name + ".pt") for name in ("ordered", "anyorder", "raster")]
+    path = args.model or next(filter(os.path.exists, paths), paths[0])
     model = load_model(path, device)
     tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
     if tokenizer.fingerprint != model.about["made_from"]["tokenizer"]:
-        raise UserError(f"{path} was trained with another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
+        raise UserError(f"{path} is for another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
     order = args.order or {"random": "inferred", "inferred": "learned"}.get(model.about["order"], model.about["order"])
-    if args.caption:
-        model.check_words(args.caption)
-    known = model.about["captions"]
-    captions = args.caption or [known[i] for i in torch.randperm(len(known), generator=seeded(args.seed))[:args.n].tolist()]
-    captions = (captions * args.n)[:args.n]
+    how = dict(order=order, score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
+               temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=guidance)
+    grid, size = (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
+    side, scale = size // grid[0], max(1, TILE // size)
+    captions = read_captions(args.caption)
+    model.check_words(captions)
+    if args.likelihood:
+        return likelihood(model, tokenizer, args.likelihood, captions or [""], args.out, args.seed, how)
 
-    generator = torch.Generator(device).manual_seed(args.seed)
-    drawn, orders = [], []
-    for i in range(0, args.n, 32):
-        tokens, visited = generate(model, captions[i:i + 32], order, model.about.get("score", "confidence"),
-                                   model.about.get("distance", 0.0), None, args.temperature, args.top_k, args.top_p,
-                                   args.guidance, generator=generator)
-        drawn.append(tokenizer.decode(tokens).cpu())
-        orders.append(visited.cpu())
-    images, rank = to_uint8(torch.cat(drawn)), rank_of(torch.cat(orders))
-    rows, cols, size = model.config["rows"], model.config["cols"], images.shape[2]
-    scale, columns = max(1, 128 // size), min(8, args.n)
-    stem = os.path.join(args.out, "samples")
-    sheet(images, columns, scale=scale).save(stem + ".png")
-    sheet(order_maps(rank, rows, cols, size), columns, scale=scale).save(stem + "_order.png")
-    animation(images[:16], rank[:16], rows, cols, stem + ".gif", scale, min(4, args.n))
-    print(f"{args.n} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first), {stem}.gif\n"
-          + "\n".join(f"  {caption!r}" for caption in dict.fromkeys(captions[:columns])))
+    # a canvas of R x C cells with the image, where there is one, in its middle
+    R, C = round(grid[0] * high), round(grid[1] * wide)
+    canvas = torch.full((3, R * side, C * side), 128, dtype=torch.uint8)
+    hidden, tokens = torch.ones(R * side, C * side).bool(), torch.zeros(R, C, dtype=torch.long, device=device)
+    if args.complete:
+        picture, own = read_picture(args.complete, size)
+        mask = read_mask(args.mask, own, size, grid, args.seed)
+        seen = torch.where(mask, spread(to_float(picture), ~mask, side)[0], to_float(picture))     # hides the rest
+        top, left = (R - grid[0]) // 2, (C - grid[1]) // 2
+        tokens[top:top + grid[0], left:left + grid[1]] = tokenizer.encode(seen[None].to(device)).view(grid)
+        area = slice(top * side, top * side + size), slice(left * side, left * side + size)
+        canvas[:, *area], hidden[area] = picture, mask
+    known = ~hidden.view(R, side, C, side).any(3).any(1)                       # cells hidden in part are drawn
+    F = int((~known).sum())
+    if not 0 <= args.why <= F or args.why and order not in ("inferred", "learned"):
+        raise UserError(f"--why {args.why}: expected a step from 1 to {F}, in inferred or learned order, not {order}")
+    captions = [caption for caption in captions or [""] for _ in range(args.n)]
+    if not args.caption and not args.complete:
+        every = model.about["captions"]
+        shuffled = torch.randperm(max(args.n, len(every)), generator=seeded(args.seed)).tolist()
+        captions = [every[i % len(every)] for i in shuffled[:args.n]]
+
+    generator, drawn, orders, scores = torch.Generator(device).manual_seed(args.seed), [], [], []
+    for i in range(0, len(captions), BATCH):
+        asked = captions[i:i + BATCH]
+        found, visited, watched = fill(model, asked, tokens.flatten().repeat(len(asked), 1), known, generator, **how)
+        drawn.append(decode(tokenizer, found, (R, C)))
+        orders.append(visited)
+        scores = scores or watched                                             # only the first few images show them
+    images = compose(torch.cat(drawn), canvas, hidden, side / 2)
+    rank = torch.full((len(images), R * C), -1).scatter_(1, torch.cat(orders), torch.arange(F).expand(len(images), F))
+
+    stem = os.path.join(args.out, "extended" if args.extend else "completed" if args.complete else "samples")
+    columns = lambda n: max(1, n * size // (C * side))                         # n images, fewer if they are larger
+    maps = torch.where(hidden, order_maps(rank * (R * C - 1) / max(1, F - 1), R, C, R * side), 225)
+    page(stem + "_order.png", grow(maps, scale), captions, columns(8))
+    tiles, labels, rank = grow(images, scale), captions, rank.view(-1, R, C)
+    if args.complete:                                                          # step -1: no cell is framed
+        given = thinking(canvas[None], hidden, rank[:1], [], -1, scale)
+        tiles, labels = torch.cat((grow(canvas[None], scale), given, tiles)), ["original", "given", *captions]
+    page(stem + ".png", tiles, labels, columns(5 if args.complete else 8))
+    print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
+          + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
+    across = columns(4)
+    few = images[:2 * across], hidden, rank[:2 * across], scores
+    if args.animate:
+        frames = [sheet(thinking(*few, step, scale), across) for step in sorted({round(i * F / 64) for i in range(65)})]
+        with replacing(stem + ".gif") as file:
+            frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                           duration=[round(1000 * args.animate / len(frames))] * (len(frames) - 1) + [2000])
+    if args.why:
+        score = scores[args.why - 1][1][:2 * across]
+        labels = [f"from {value.min():.2f} (dark) to {value.max():.2f} nats" for value in score]
+        page(stem + "_why.png", thinking(*few, args.why - 1, scale), labels, across)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ SAVE_EVERY = 30                 # seconds between two states to --resume from
 
 # ---------------------------------------------------------------- pure functions
 
-def generator(*key):
+def seeded(*key):
     """A random generator that depends on `key` alone. Keyed by (seed, step), it lets a resumed run repeat what an
     uninterrupted one would have drawn, without any generator's state on the disk."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -69,7 +69,7 @@ def batch_of(step, batch, n, seed):
 
 @lru_cache(2)
 def permutation(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
+    return torch.randperm(n, generator=seeded(seed, "epoch", epoch)).tolist()
 
 
 def learning_rate(step, steps):
@@ -194,7 +194,7 @@ class Tokenizer(nn.Module):
     def first_codes(self, z, seed):
         """k-means on one batch of z [M, dim]: a codebook drawn blindly would lie far from the data and collapse."""
         V = len(self.codebook)
-        random = generator(seed, "first codes")
+        random = seeded(seed, "first codes")
         noise = torch.randn(V, z.shape[1], generator=random).to(z) * 0.01 * z.std()      # M may be below V
         self.codebook.copy_(z[torch.randint(len(z), (V,), generator=random).to(z.device)] + noise)
         for _ in range(10):
@@ -218,7 +218,7 @@ class Tokenizer(nn.Module):
         self.total.lerp_(sums, 1 - FORGET)
         self.codebook.copy_(self.total / self.count.clamp(min=RARE / 10)[:, None])
         rare = (self.count < RARE).nonzero().flatten()
-        fresh = z[torch.randint(len(z), (len(rare),), generator=generator(seed, "restart", step)).to(z.device)]
+        fresh = z[torch.randint(len(z), (len(rare),), generator=seeded(seed, "restart", step)).to(z.device)]
         self.codebook[rare], self.total[rare], self.count[rare] = fresh, fresh, 1.0
 
 
@@ -249,8 +249,8 @@ def load_tokens(path):
         tokens, index, split, config = (saved[key] for key in ("tokens", "caption_index", "split", "config"))
         whole = (tokens.shape == (len(split), config["rows"] * config["cols"]) and index.shape == split.shape
                  and not any(t.is_floating_point() for t in (tokens, index, split)) and len(tokens) > 0
-                 and 0 <= tokens.min() and tokens.max() < config["codebook"] and split.max() <= 2
-                 and 0 <= index.min() and index.max() < len(saved["captions"])
+                 and 0 <= int(tokens.min()) <= int(tokens.max()) < config["codebook"] and split.max() <= 2
+                 and 0 <= int(index.min()) <= int(index.max()) < len(saved["captions"])
                  and all(isinstance(caption, str) for caption in saved["captions"])
                  and {"data", "tokenizer"} <= saved["made_from"].keys())
     except Exception:
@@ -298,7 +298,7 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
     Its state goes to `out` every SAVE_EVERY seconds; with `resume` it goes on from there, on a CPU bit for bit."""
     torch.manual_seed(seed)
     model = Tokenizer(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
     path, first, saved_at = resume_path(out), 0, time.time()
     asked = dict(config, steps=steps, batch=batch, seed=seed, images=len(learn))
     if resume and os.path.exists(path):
