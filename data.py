@@ -11,7 +11,7 @@ the hills and the glitter on the sea. So there is a best first thing to draw, an
 The other files borrow their few shared tools from here: the flags, errors in one line, and .pt files that are
 written whole or not at all (`save`) and read with distrust (`load`).
 
-    python data.py          a few seconds: prints what it found and writes out/data.png, a sheet of 24 images
+    python data.py          about 3 seconds: prints what it found and writes out/data.png, a sheet of 24 images
 
 It does not augment, download or train anything.
 """
@@ -305,8 +305,8 @@ class Folder(torch.utils.data.Dataset):
             raise UserError(f"{self.name}: none of {len(files):,} images can be read, such as {printable(first)} "
                             f"({self.problem(first)})")
         if split == "train" and readable not in self.mine:
-            raise UserError(f"{self.name}: none of {len(files):,} images is both readable and outside the held-out tenth: "
-                            "add more images")
+            raise UserError(f"{self.name}: none of {len(files):,} images is both readable and outside the held-out "
+                            "tenth: add more images")
 
     def problem(self, name):
         """Why an image cannot be read, in a few words; "" if it can."""
