@@ -34,10 +34,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from data import UserError, arguments, fingerprint, load, open_data, pick_device, run, save, sheet, words_of
-from tokenizer import batch_of, load_tokenizer, load_tokens, make_tokens, seeded
+from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, load_tokens, make_tokens, seeded
 
 HEAD = 32           # channels per attention head
 CAPTION = 16        # at most so many words of a caption are read
@@ -79,16 +80,114 @@ def reference_attention(q, k, v):
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
 
-fused_attention = reference_attention
+# A library kernel has to serve every mask and size. This one knows that it is causal, and where the time goes on a CPU: not
+# into arithmetic but into moving scores through memory. So it works on tiles, some images and heads at a time, whose
+# scores fit into a core's cache, and within a tile on blocks of query rows: rows start..end see the keys 0..end, and what
+# lies behind is never computed. All that remains are batched matrix products, which the CPU's library does best.
+
+TILE = 2 ** 18      # scores per tile: 1 MB of float32
+
+
+def tiles(B, heads, T):
+    """(rows per block, [(images, heads) slices]) such that one block of one tile has at most TILE scores."""
+    rows = min(T, max(32, min(128, 4 * math.isqrt(T) // 32 * 32)))         # short blocks skip more of the future
+    fit = max(1, TILE // (rows * T))
+    b, h = max(1, fit // heads), min(heads, fit)
+    return rows, [(slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, heads, h)]
+
+
+def products(a, b, scale):
+    """scale * a @ b in one pass: a [n, i, j], b [n, j, k] -> [n, i, k]."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def block_probs(q, k, start, end, future):
+    """The attention of rows start..end of a tile, q and k [n, T, d] -> [n, end - start, end]. The upper triangle of the
+    last, square part is the future and gets -inf."""
+    p = products(q[:, start:end], k[:, :end].transpose(1, 2), q.shape[-1] ** -0.5)
+    p[:, :, start:] += future[:end - start, :end - start]
+    return torch.softmax(p, -1, out=p)
+
+
+class FusedAttention(torch.autograd.Function):
+    """With P = softmax(Q K^T / sqrt(d)) and O = P V, the gradients are (dO is given)
+
+        dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
+
+    Short sequences keep P for the backward pass. Long ones (T > 4 d) compute it again, block by block, so that never
+    more than one block of it exists: the memory grows with T, not with T^2.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        B, heads, T, d = q.shape
+        rows, places = tiles(B, heads, T)
+        future = torch.full((rows, rows), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+        out, kept = q.new_empty(B, T, heads, d).transpose(1, 2), []        # so that [B, T, D] is a view of it
+        for place in places:
+            qt, kt, vt = (x[place].reshape(-1, T, d) for x in (q, k, v))
+            o = out[place]
+            for start in reversed(range(0, T, rows)):
+                end = min(start + rows, T)
+                p = block_probs(qt, kt, start, end, future)
+                o[:, :, start:end] = torch.bmm(p, vt[:, :end]).view(*o.shape[:2], end - start, d)
+                if T <= 4 * d:
+                    kept.append(p)
+        ctx.save_for_backward(q, k, v, future, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, future, *kept = ctx.saved_tensors
+        B, heads, T, d = q.shape
+        rows, places = tiles(B, heads, T)
+        kept, scale = iter(kept), d ** -0.5
+        dq, dk, dv = (q.new_empty(B, T, heads, d).transpose(1, 2) for _ in range(3))
+        for place in places:
+            qt, kt, vt, gt = (x[place].reshape(-1, T, d) for x in (q, k, v, grad))
+            for start in reversed(range(0, T, rows)):
+                end = min(start + rows, T)
+                p, g = next(kept) if T <= 4 * d else block_probs(qt, kt, start, end, future), gt[:, start:end]
+                dp = torch.bmm(g, vt[:, :end].transpose(1, 2))
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+                dq[place][:, :, start:end] = products(ds, kt[:, :end], scale).view(*dq[place].shape[:2], end - start, d)
+                dvt, dkt = torch.bmm(p.transpose(1, 2), g), products(ds.transpose(1, 2), qt[:, start:end], scale)
+                if end == T:                           # the last rows see all keys, so these are the largest
+                    total_v, total_k = dvt, dkt
+                else:
+                    total_v[:, :end] += dvt
+                    total_k[:, :end] += dkt
+            dv[place], dk[place] = (x.view(*dv[place].shape) for x in (total_v, total_k))
+        return dq, dk, dv
+
+
+def fused_attention(q, k, v):
+    """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as they
+    like -> [B, heads, T, d]. Differentiable once."""
+    with torch.autocast(q.device.type, enabled=False):
+        return FusedAttention.apply(q, k, v)
 
 
 def candidate_attention(q, k, v, prefix_k, prefix_v):
-    """C candidates, each attending to one shared prefix and to itself: q, k, v [B, heads, C, d], prefix [B, heads, T, d]."""
-    scale = 1 / math.sqrt(q.shape[-1])
-    shared = q @ prefix_k.transpose(-1, -2) * scale                        # [B, heads, C, T]
-    own = (q * k).sum(-1, keepdim=True) * scale                            # [B, heads, C, 1]
-    p = torch.cat((shared, own), -1).softmax(-1)
-    return p[..., :-1] @ prefix_v + p[..., -1:] * v
+    """C candidates for the next step: each attends to the shared prefix and to itself, not to the other candidates.
+
+    q, k, v [B, heads, C, d], prefix_k, prefix_v [B, heads, T, d] (say, slices of a larger cache) -> [B, heads, C, d]. One
+    softmax over T + 1 keys; the prefix is never copied and there is no mask. For inference: no backward pass.
+    """
+    (B, heads, C, d), T = q.shape, prefix_k.shape[2]
+    out, scale, step = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5, max(1, TILE // (heads * C * max(1, T)))
+    for i in range(0, B, step):
+        some = slice(i, i + step)
+        qt, kt, vt, past_k, past_v = (x[some].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))
+        own = (qt * kt).sum(-1, keepdim=True).mul_(scale)                  # [n, C, 1]
+        p = products(qt, past_k.transpose(1, 2), scale)                    # [n, C, T]
+        top = torch.maximum(p.amax(-1, keepdim=True), own)                 # no exponential may overflow
+        p.sub_(top).exp_()
+        own.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True).add_(own)
+        out[some] = torch.bmm(p, past_v).addcmul_(own, vt).div_(total).view(-1, heads, C, d)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +614,7 @@ def main():
                                batch=args.batch, tokens_seen=step * args.batch * N, seconds=seconds, data=grid["data"],
                                captions=held["captions"])
         bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
-        if rank == 0 and (stop or time.time() - saved > 60):
+        if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
             remember()
             saved = time.time()
         if stop:

@@ -268,7 +268,7 @@ def corrupted(images, how, strength, chance):
     if how == "noise":
         return to_uint8(x + strength * torch.randn(x.shape, generator=chance))
     if how == "blur":
-        sigma = strength * S / 32
+        sigma = strength * max(S, 32) / 32             # less than a pixel would not blur
         reach = min(math.ceil(3 * sigma), S)
         bell = (-torch.arange(-reach, reach + 1).square() / (2 * sigma ** 2)).exp()
         bell = (bell / bell.sum()).expand(3, 1, -1)

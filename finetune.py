@@ -37,7 +37,7 @@ from anyorder import (DROP, AnyOrder, join, learning_rate, load_model, loss_curv
                       precision, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, pick_device, run, save
 from order_infer import check_model, load_orders
-from tokenizer import batch_of, seeded
+from tokenizer import SAVE_EVERY, batch_of, seeded
 
 
 def location_loss(where, order):
@@ -177,7 +177,7 @@ def main():
                                seconds=start_model.about["seconds"] + seconds,
                                caption_rank=file["caption_rank"], captions=held["captions"],
                                score=file["config"]["score"], distance=file["config"]["distance"])
-        if rank == 0 and (stop or time.time() - saved > 60):
+        if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
             remember()
             saved = time.time()
         if stop:

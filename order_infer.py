@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from anyorder import Drawing, join, load_model, on_interrupt, open_tokens, precision, rank_of
 from data import UserError, arguments, fingerprint, load, pick_device, run, save, sheet, to_uint8
-from tokenizer import load_tokenizer, seeded
+from tokenizer import SAVE_EVERY, load_tokenizer, seeded
 
 # Higher comes earlier. logits [B, C, V] float32 -> [B, C] in nats.
 SCORES = ("confidence", "margin", "entropy", "calibrated", "likelihood")
@@ -223,7 +223,7 @@ def main():
             order[done:done + len(rows)] = found.to(order.dtype)
             done, seconds = done + len(rows), seconds + time.time() - start
             bar.update(len(rows))
-            if rank == 0 and (stop or time.time() - saved > 30):
+            if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
                 save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds})
                 saved = time.time()
             if stop:

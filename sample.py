@@ -209,7 +209,7 @@ def compose(drawn, picture, hidden, reach):
 
 
 def read_picture(path, size, expected="an image, such as a .png"):
-    """(uint8 [3, size, size], (width, height) of the file) of an image, as data.py reads it. Warns if that resizes it."""
+    """(uint8 [3, size, size], (width, height) of the file) of an image as data.py reads it; warns if resized."""
     try:
         picture = read_image(path, size)
         with Image.open(path, formats=FORMATS) as file:
@@ -234,7 +234,7 @@ def read_mask(text, own, size, grid, seed):
         return grow(cells, size // grid[0])
     mask, (width, height) = read_picture(text, size, "an image, left, right, top, bottom, center or random:0.5")
     if (width, height) != own:
-        raise UserError(f"{printable(text)} is {width}x{height}, its image is {own[0]}x{own[1]}: give both the same size")
+        raise UserError(f"{printable(text)} is {width}x{height}, its image {own[0]}x{own[1]}: give both the same size")
     return mask.float().mean(0) > 127
 
 
@@ -404,8 +404,7 @@ def main():
     page(stem + ".png", tiles, labels, columns(5 if args.complete else 8))
     print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
           + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
-    across = columns(4)
-    few = images[:2 * across], hidden, rank[:2 * across], scores
+    across, few = columns(4), (images[:2 * columns(4)], hidden, rank[:2 * columns(4)], scores)
     if args.animate:
         frames = [sheet(thinking(*few, step, scale), across) for step in sorted({round(i * F / 64) for i in range(65)})]
         with replacing(stem + ".gif") as file:

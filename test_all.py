@@ -5,29 +5,55 @@ every size is easiest to check where all cases can be counted. `pytest -m slow` 
 """
 
 import ast
+import contextlib
+import functools
+import gzip
+import importlib
 import itertools
+import json
 import math
+import os
+import pickle
+import random
 import re
 import shlex
+import shutil
+import struct
 import subprocess
 import sys
+import time
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import anyorder
 import data
+import evaluate
 import finetune
 import order_infer
 import sample
 import tokenizer
-from anyorder import AnyOrder, Drawing, draw, random_order, rank_of, raster_order
+from anyorder import AnyOrder, Drawing, draw, load_model, random_order, rank_of, raster_order, save_model
+from data import (SUNSET_LABELS, UserError, arguments, describe, fingerprint, held_out, load, open_data, pick_device,
+                  printable, read_image, render_sunset, replacing, run, save, sheet, to_float, to_uint8, words_of)
 from order_infer import SCORES, infer_orders, location_scores
+from tokenizer import Tokenizer, batch_of, load_tokenizer, load_tokens, make_tokens, psnr, usage
 
 HERE = Path(__file__).parent
 SCRIPTS = ("data", "tokenizer", "anyorder", "order_infer", "finetune", "sample", "evaluate")
 torch.set_num_threads(2)
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)    # no settings file registers the mark
+
+
+def slow(test):
+    """Runs under `pytest -m slow` only."""
+    return pytest.mark.slow(pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow test_all.py")(test))
 
 
 def tiny(rows=2, cols=2, codebook=3, layers=3, order_head=False, seed=0, words=("sun", "sea")):
@@ -51,7 +77,6 @@ def command(script, *flags, expect=0):
 
 def call(monkeypatch, capsys, script, *flags):
     """Runs a script's main() in this process (quicker); returns (exit code, what it printed)."""
-    import importlib
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
     try:
@@ -532,3 +557,1764 @@ def test_the_readme_commands_run(tmp_path, monkeypatch):
             del flags[at:at + 2]
         extra = [word for pair in zip(*[iter(small[script].split())] * 2) if pair[0] not in () for word in pair]
         command(script, *flags, *extra, "--out", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def qkv(B=2, heads=3, T=9, d=4, dtype=torch.float64, seed=0, grad=False):
+    """q, k, v as the model has them: views of one product, not contiguous."""
+    x = torch.randn(B, T, 3, heads, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return [part.requires_grad_(grad) for part in x.permute(2, 0, 3, 1, 4)]
+
+
+@pytest.mark.parametrize("T", (1, 2, 17, 64, 65, 130, 300))
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)))
+def test_fused_attention_equals_the_reference(T, dtype, tolerance):
+    ours, truth = qkv(T=T, dtype=dtype), [x.double().detach().requires_grad_() for x in qkv(T=T, dtype=dtype)]
+    ours = [x.detach().requires_grad_() for x in ours]
+    a, b = anyorder.fused_attention(*ours), anyorder.reference_attention(*truth)
+    assert a.dtype == dtype and a.shape == b.shape
+    weight = torch.randn(b.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a.backward(weight.to(dtype))
+    b.backward(weight.to(dtype).double())
+    torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    for x, y in zip(ours, truth):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("T", (1, 5, 20, 35))        # d = 4: beyond 16 the probabilities are computed again
+def test_the_derived_gradient_is_the_gradient(T):
+    assert torch.autograd.gradcheck(anyorder.fused_attention, [x.detach().requires_grad_() for x in qkv(1, 2, T)])
+
+
+def test_every_tile_is_computed(monkeypatch):
+    for tile in (1, 40, 500):                          # one image and head at a time, some heads, some images
+        monkeypatch.setattr(anyorder, "TILE", tile)
+        q, k, v = qkv(5, 3, 40)
+        torch.testing.assert_close(anyorder.fused_attention(q, k, v), anyorder.reference_attention(q, k, v))
+
+
+@pytest.mark.parametrize("T", (9, 70, 200))
+def test_later_tokens_leave_earlier_attention_bit_identical(T):
+    q, k, v = qkv(T=T, dtype=torch.float32)
+    before = anyorder.fused_attention(q, k, v)
+    for x in (q, k, v):
+        x[:, :, T // 2:] = 7
+    after = anyorder.fused_attention(q, k, v)
+    assert torch.equal(before[:, :, :T // 2], after[:, :, :T // 2])
+
+
+def test_long_sequences_never_hold_the_square():
+    T, largest = 1024, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in (result if isinstance(result, (tuple, list)) else [result])
+                           if isinstance(x, torch.Tensor))
+            return result
+
+    q, k, v = (x.detach().requires_grad_() for x in qkv(2, 4, T, 16, torch.float32))
+    with Watch():
+        anyorder.fused_attention(q, k, v).sum().backward()
+    assert max(largest) <= 2 * 4 * T * 128 < 2 * 4 * T * T / 2             # one block of rows at most
+    saved = anyorder.fused_attention(q, k, v).grad_fn.saved_tensors
+    assert sum(x.numel() for x in saved) < 4 * q.numel()
+
+
+@pytest.mark.parametrize("C, T", ((1, 1), (1, 30), (5, 3), (7, 64), (40, 9)))
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)))
+def test_candidate_attention_equals_one_softmax_per_candidate(C, T, dtype, tolerance):
+    q, k, v = qkv(3, 2, C, 8, dtype)
+    cache = torch.randn(2, 3, 2, 100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    past_k, past_v = cache[:, :, :, :T]                                    # a slice of a larger cache
+    found = anyorder.candidate_attention(q, k, v, past_k, past_v)
+    for c in range(C):                                                     # the last row of causal attention
+        one = [torch.cat((past.double(), x[:, :, c:c + 1].double()), 2) for past, x in ((past_k, k), (past_v, v))]
+        scores = (q[:, :, c:c + 1].double() @ one[0].mT) / math.sqrt(8)
+        torch.testing.assert_close(found[:, :, c:c + 1].double(), scores.softmax(-1) @ one[1], rtol=tolerance, atol=tolerance)
+
+
+def test_candidate_attention_survives_large_scores():
+    q, k, v = (100 * x for x in qkv(1, 1, 3, 4, torch.float32))
+    assert anyorder.candidate_attention(q, k, v, k, v).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def picture(path, colour="red", size=(8, 8), mode="RGB", **options):
+    """A one-colour image file, its folders made on the way."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def everything(path, size=8):
+    """{file name: caption} of a folder, both splits; each image decoded."""
+    found = {}
+    for split in ("train", "test"):
+        with contextlib.suppress(UserError):  # one split of a tiny folder may be empty
+            dataset = open_data(path, size, split)
+            for i, name in enumerate(dataset.checked[0]):
+                image, caption = dataset[i]
+                assert image.shape == (3, size, size) and image.dtype == torch.uint8 and caption == dataset.captions[i]
+                found[name] = caption
+    return found
+
+
+# ---------------------------------------------------------------- folders
+
+def test_caption_comes_from_metadata_then_text_then_folder_then_nothing(tmp_path):
+    for name in ("a/1.png", "a/2.PNG", "a/b/3.Jpeg", "4.webp", "5.gif", "6.bmp", "7.TIF"):
+        picture(str(tmp_path / name))
+    (tmp_path / "metadata.csv").write_text('file_name,text\n"./a/1.png","one, two\nthree"\n4.webp,\ngone.png,lost\n')
+    (tmp_path / "a/1.txt").write_text("the row wins")
+    (tmp_path / "a/2.txt").write_text("beside\nit \x1b[31m")
+    (tmp_path / "4.txt").write_text("an empty row wins too")
+    assert everything(tmp_path) == {"a/1.png": "one, two three", "a/2.PNG": "beside it [31m", "a/b/3.Jpeg": "b",
+                                    "4.webp": "", "5.gif": "", "6.bmp": "", "7.TIF": ""}
+    assert open_data(tmp_path).unused_rows == 1
+
+
+def test_split_is_a_tenth_and_never_moves_when_images_are_added(tmp_path):
+    for i in range(40):
+        picture(str(tmp_path / f"{i}.bmp"), size=(1, 1))
+    before = {split: set(open_data(tmp_path, 1, split).checked[0]) for split in ("train", "test")}
+    for i in range(40, 60):
+        picture(str(tmp_path / f"{i}.bmp"), size=(1, 1))
+    after = {split: set(open_data(tmp_path, 1, split).checked[0]) for split in ("train", "test")}
+    assert before["test"] and before["train"] < after["train"] and before["test"] <= after["test"]
+    assert not after["train"] & after["test"] and len(after["train"] | after["test"]) == 60
+    assert 80 < sum(held_out(f"{i}.png") for i in range(1000)) < 120
+
+
+def test_fingerprint_of_a_folder_is_that_of_both_splits_and_all_sizes_and_sees_changes(tmp_path):
+    for i in range(30):
+        picture(str(tmp_path / f"{i}.png"))
+    first = open_data(tmp_path, 8, "train").fingerprint
+    assert first == open_data(tmp_path, 16, "test").fingerprint
+    (tmp_path / "3.txt").write_text("another caption")
+    second = open_data(tmp_path).fingerprint
+    picture(str(tmp_path / "30.png"))
+    assert len({first, second, open_data(tmp_path).fingerprint}) == 3
+
+
+def centre(path, size=8):
+    return read_image(str(path), size)[:, size // 2, size // 2].tolist()
+
+
+def test_every_mode_becomes_rgb_over_white(tmp_path):
+    half = tmp_path / "half.png"
+    picture(str(half), (255, 0, 0, 0), mode="RGBA")
+    assert centre(half) == [255, 255, 255]  # red, but fully transparent
+    picture(str(half), (0, 0, 0, 128), mode="RGBA")
+    assert centre(half) == [127] * 3
+    picture(str(tmp_path / "la.png"), (0, 0), mode="LA")
+    assert centre(tmp_path / "la.png") == [255] * 3
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "p.png")
+    assert centre(tmp_path / "p.png") == [0, 0, 255]
+    palette.save(tmp_path / "pt.png", transparency=1)
+    assert centre(tmp_path / "pt.png") == [255] * 3
+    palette.save(tmp_path / "pt.gif", transparency=1)
+    assert centre(tmp_path / "pt.gif") == [255] * 3
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "key.png", transparency=(9, 9, 9))
+    assert centre(tmp_path / "key.png") == [255] * 3
+    picture(str(tmp_path / "bit.png"), 1, mode="1")
+    assert centre(tmp_path / "bit.png") == [255] * 3
+    picture(str(tmp_path / "ink.jpg"), (0, 255, 255, 0), mode="CMYK", quality=95)
+    assert centre(tmp_path / "ink.jpg")[0] > 240 > 20 > centre(tmp_path / "ink.jpg")[1]
+    for value, expected in ((65535, 255), (32768, 128), (0, 0)):
+        grey = np.full((8, 9), value, np.uint16)
+        Image.fromarray(grey).save(tmp_path / "deep.png")
+        assert centre(tmp_path / "deep.png") == [expected] * 3
+        Image.fromarray(grey).save(tmp_path / "deep.tif")
+        assert centre(tmp_path / "deep.tif") == [expected] * 3
+        Image.fromarray(grey.astype(np.int32)).save(tmp_path / "long.tif")
+        assert centre(tmp_path / "long.tif") == [expected] * 3
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    assert centre(tmp_path / "float.tif") == [128] * 3
+    Image.fromarray(np.array([[0, 255.0], [0, 255]], np.float32).repeat(8, 0).repeat(8, 1)).save(tmp_path / "float.tif")
+    assert read_image(tmp_path / "float.tif", 8)[0, 0, [0, 7]].tolist() == [0, 255]
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue", "green")]
+    for ending in ("gif", "webp", "png", "tif"):
+        frames[0].save(tmp_path / f"film.{ending}", save_all=True, append_images=frames[1:])
+        red, green, blue = centre(tmp_path / f"film.{ending}")
+        assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("orientation", range(0, 10))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_exif_rotation(tmp_path, orientation, ending):
+    image = render_sunset(3, 24)[0].permute(1, 2, 0).numpy()[:16]
+    path, exif = str(tmp_path / f"turned.{ending}"), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(path, exif=exif, **({"quality": 100} if ending in ("jpg", "webp") else {}))
+    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    left, top = (upright.width - 16) // 2, (upright.height - 16) // 2
+    expected = np.array(upright.crop((left, top, left + 16, top + 16)))
+    assert np.abs(read_image(path, 16).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+
+
+def test_short_side_is_resized_and_the_centre_cropped(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (read_image(tmp_path / "wide.png", 10)[:, :, 1:-1] > 190).all()
+    picture(str(tmp_path / "dot.png"), size=(1, 1))
+    picture(str(tmp_path / "line.png"), size=(3, 5000))
+    assert centre(tmp_path / "dot.png") == centre(tmp_path / "line.png") == [255, 0, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems forbid such names, links and pipes")
+def test_broken_files_are_skipped_counted_and_named_once(tmp_path, capsys):
+    whole = tmp_path / "good.png"
+    for i in range(30):
+        picture(str(tmp_path / f"fine/{i}.png"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
+    raw, bad = whole.read_bytes(), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "cut.png").write_bytes(raw[:len(raw) // 2])
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.gif").write_bytes(b"hello")
+    (bad / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    ihdr = struct.pack(">II5B", 60000, 60000, 8, 2, 0, 0, 0)  # a bomb: 10 GB when decoded
+    (bad / "bomb.png").write_bytes(raw[:12] + b"IHDR" + ihdr + struct.pack(">I", zlib.crc32(b"IHDR" + ihdr)) + raw[33:])
+    os.symlink("nowhere.png", bad / "dangling.png")
+    os.symlink("circle.png", bad / "circle.png")
+    os.symlink("..", bad / "up")
+    os.symlink(tmp_path, bad / "round.png")
+    os.mkfifo(bad / "pipe.png")
+    (bad / "._photo.jpg").write_bytes(b"left by macOS")
+    (bad / "wrong ending.jpg").write_bytes(raw)
+    (bad / "line\nbreak \U0001f305 \x1b.png").write_bytes(raw)
+    with open(os.fsencode(bad) + b"/\xff\xfe.png", "wb") as file:
+        file.write(raw)
+    names = everything(tmp_path)
+    assert {n for n in names if n.startswith("bad/")} == {"bad/wrong ending.jpg", "bad/line\nbreak \U0001f305 \x1b.png",
+                                                         "bad/\udcff\udcfe.png"}
+    sets = [open_data(tmp_path, 8, split) for split in ("train", "test")]
+    skipped = [line.split(" (")[0] for dataset in sets for line in dataset.skipped]
+    assert sorted(skipped) == [f"bad/{n}" for n in ("bomb.png", "circle.png", "cut.png", "dangling.png", "empty.jpg",
+                                                    "pipe.png", "script.png", "text.gif")]
+    describe(sets[0])
+    out = capsys.readouterr().out
+    assert f"{len(sets[0])} images" in out and f"skipped {len(sets[0].skipped)}" in out
+    assert all(out.count(line) == 1 for line in sets[0].skipped) and len(out.splitlines()) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_permissions_are_skipped(tmp_path):
+    for name in ("a.png", "b.png", "locked/c.png"):
+        picture(str(tmp_path / name))
+    os.chmod(tmp_path / "b.png", 0)
+    os.chmod(tmp_path / "locked", 0)
+    try:
+        assert set(everything(tmp_path)) == {"a.png"}
+    finally:
+        os.chmod(tmp_path / "locked", 0o700)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_broken_exif_block_does_not_spoil_the_picture(tmp_path):
+    picture(str(tmp_path / "a.jpg"), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(range(40)))
+    assert centre(tmp_path / "a.jpg")[0] > 240
+
+
+def test_a_data_loader_with_workers_reads_a_folder_with_broken_files(tmp_path):
+    for i in range(20):
+        picture(str(tmp_path / f"{i}.png"))
+        (tmp_path / f"broken{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:40])
+    dataset = open_data(tmp_path, 8)
+    batches = list(torch.utils.data.DataLoader(dataset, batch_size=7, num_workers=2))
+    assert sum(len(images) for images, _ in batches) == len(dataset) == sum(len(captions) for _, captions in batches)
+
+
+# ---------------------------------------------------------------- IDX files
+
+def idx(path, array, cut=None):
+    raw = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.parent.mkdir(exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+        file.write(raw[:cut])
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("place, words", [("digits", ["3", "9"]), ("fashion", ["dress", "boot"])])
+def test_idx_files(tmp_path, gz, place, words):
+    folder, images = tmp_path / place, np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+    for part, n in (("train", 2), ("t10k", 1)):
+        idx(folder / f"{part}-images-idx3-ubyte{gz}", images[:n])
+        idx(folder / f"{part}-labels-idx1-ubyte{gz}", np.array([3, 9][:n], np.uint8))
+    for path in (folder, folder / f"train-images-idx3-ubyte{gz}", folder / f"t10k-labels-idx1-ubyte{gz}"):
+        train, test = open_data(path, 28), open_data(path, 28, "test")
+        assert [caption for _, caption in (train[0], train[1])] == words and len(train) == 2 and len(test) == 1
+        assert torch.equal(train[1][0], torch.from_numpy(images[1]).expand(3, 28, 28))
+        assert open_data(path, 32)[0][0].shape == (3, 32, 32) and train.fingerprint == test.fingerprint
+
+
+def test_idx_without_test_files_holds_a_tenth_back(tmp_path):
+    idx(tmp_path / "train-images-idx3-ubyte", np.zeros((200, 2, 2), np.uint8))
+    train, test = open_data(tmp_path, 2), open_data(tmp_path, 2, "test")
+    assert len(train) + len(test) == 200 and 5 < len(test) < 40 and train.captions == [""] * len(train)
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_idx_sizes_are_checked_before_memory_is_taken(tmp_path, gz):
+    path = tmp_path / f"train-images-idx3-ubyte{gz}"
+    for raw, message in ((bytes([0, 0, 8, 3]) + struct.pack(">3I", 2 ** 31, 2 ** 31, 1), "claims"),
+                         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 2 ** 20, 28, 28) + b"x" * 90, "claims"),
+                         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 2, 2) + b"1234567",
+                          "shorter" if gz else "claims"),
+                         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 0, 28, 28), "claims"),
+                         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 1, 2, 2) + b"12345", "longer"),
+                         (bytes([0, 0, 13, 3]) + struct.pack(">3I", 1, 1, 1) + b"1", "not an IDX"),
+                         (b"\0\0", "not an IDX"), (b"", "not an IDX")):
+        path.write_bytes(gzip.compress(raw) if gz else raw)
+        with pytest.raises(UserError, match=message) as caught:
+            open_data(tmp_path)
+        assert len(str(caught.value).splitlines()) == 1
+    path.write_bytes(gzip.compress(b"\0\0\x08\x03")[:12])
+    with pytest.raises(UserError):
+        open_data(tmp_path)
+
+
+def test_idx_labels_must_match_the_images(tmp_path):
+    idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(UserError, match="no train-images"):
+        open_data(tmp_path)
+    idx(tmp_path / "train-images-idx3-ubyte", np.zeros((2, 2, 2), np.uint8))
+    with pytest.raises(UserError, match="2 images but 3 labels"):
+        open_data(tmp_path)
+
+
+# ---------------------------------------------------------------- sunsets
+
+def test_sunsets_are_deterministic_distinct_and_split():
+    train, test = open_data("sunsets", 32), open_data("sunsets", 32, "test")
+    assert len(train) == 45_000 and len(test) == 5_000 and train.fingerprint == test.fingerprint
+    assert torch.equal(train[7][0], render_sunset(7)[0]) and torch.equal(test[0][0], render_sunset(45_000)[0])
+    assert train.captions[7] == train[7][1] and set(test.captions) == set(train.captions)
+    assert len({train[i][0].numpy().tobytes() for i in range(300)}) == 300
+    with pytest.raises(IndexError):
+        train[45_000]
+
+
+def test_a_sunset_is_the_same_picture_at_every_size():
+    for i in range(12):
+        small, large = render_sunset(i, 32)[0].float(), render_sunset(i, 128)[0].float()
+        assert (small - torch.nn.functional.avg_pool2d(large, 4)).abs().mean() < 4  # of 255
+
+
+def test_sunset_labels_say_where_the_sun_is_and_the_caption_agrees():
+    sun = SUNSET_LABELS.index("sun")
+    for i in range(60):
+        image, caption, labels = render_sunset(i, 64)
+        assert labels.dtype == torch.uint8 and int(labels.max()) < len(SUNSET_LABELS)
+        rows, columns = (labels == sun).nonzero().T
+        x, y = columns.float().mean() / 64, rows.float().mean() / 64
+        assert ("left" in caption, "middle" in caption, "right" in caption) == (x < 0.36, 0.36 < x < 0.64, x > 0.64)
+        assert ("low" in words_of(caption)) == (y > 0.4)
+        assert ("no clouds" in caption) == (not (labels == SUNSET_LABELS.index("cloud")).any())
+        column = (labels == SUNSET_LABELS.index("reflection")).nonzero()[:, 1].float().mean() / 64
+        assert abs(column - x) < 0.08  # the glitter lies below the sun
+        inside = image[:, labels == sun].float().mean(1)
+        assert inside.sum() > image.float().mean((1, 2)).sum()  # nothing is as bright
+
+
+def test_the_sun_decides_the_colour_of_the_clouds():
+    lit = {}
+    for i in range(200):
+        image, caption, labels = render_sunset(i)
+        cloud = labels == SUNSET_LABELS.index("cloud")
+        if cloud.any():
+            lit.setdefault(caption.split()[1], []).append(image[:, cloud].float().mean(1))
+    means = {colour: torch.stack(values).mean(0) for colour, values in lit.items()}
+    guesses = [min(means, key=lambda c: (value - means[c]).norm()) == colour for colour in lit for value in lit[colour]]
+    assert len(means) == 5 and sum(guesses) > 0.85 * len(guesses)  # the nearest mean names the sun
+
+
+# ---------------------------------------------------------------- shared tools
+
+def test_words_of_and_printable():
+    assert words_of("T-shirt, red_2 \u00c9t\u00e9!") == ["t", "shirt", "red", "2", "\u00e9t\u00e9"]
+    assert words_of("") == []
+    assert printable("a\nb\x1b\udcff\U0001f305") == "a\\nb\\x1b\\udcff\U0001f305"
+
+
+def test_bytes_and_floats_convert_by_rounding():
+    everything = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(everything)), everything)
+    assert to_uint8(torch.tensor([-9, 9, 0.999, float("nan")])).tolist() == [0, 255, 255, 128]
+
+
+def test_sheet_places_images_row_by_row():
+    images = torch.zeros(3, 3, 2, 4, dtype=torch.uint8)
+    images[1], images[2] = 50, 100
+    page = np.array(sheet(images, 2, scale=3, gap=1))
+    assert page.shape == (2 * 7 + 1, 2 * 13 + 1, 3)
+    assert page[0, 0, 0] == 255 and page[1, 1, 0] == 0 and page[6, 14 + 11, 0] == 50 and page[8, 1, 0] == 100
+    assert np.array_equal(np.array(sheet(to_float(images), 2, 3, 1)), page)
+    assert sheet(images, 8).size == (3 * 6 + 2, 6)
+
+
+def test_fingerprint_tells_contents_apart():
+    parts = ["ab", b"ab", ["ab"], ["a", "b"], {"a": "b"}, {"a": 1}, {"a": 1.0}, {"a": None}, 1, "1", True,
+             torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), torch.tensor(0.0), torch.zeros(0)]
+    assert len({fingerprint(part) for part in parts} | {fingerprint("a", "b"), fingerprint()}) == len(parts) + 2
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint(torch.arange(6).reshape(2, 3).T) == fingerprint(torch.arange(6).reshape(2, 3).T.contiguous())
+
+
+GOOD = dict(kind="tokens", version=1, config=dict(rows=2), made_from=dict(data="0"), tokens=torch.arange(64))
+
+
+def test_save_replaces_the_file_as_a_whole(tmp_path):
+    path = str(tmp_path / "new" / "a.pt")
+    save(path, GOOD)
+    contents = load(path, "tokens", "python tokenizer.py")
+    assert torch.equal(contents["tokens"], GOOD["tokens"]) and contents["config"] == {"rows": 2}
+    with pytest.raises(ZeroDivisionError):
+        with replacing(path) as file:
+            file.write(b"half")
+            1 / 0
+    assert torch.equal(load(path, "tokens", "")["tokens"], GOOD["tokens"]) and os.listdir(tmp_path / "new") == ["a.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of a file")
+def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path):
+    path = str(tmp_path / "a.pt")
+    save(path, GOOD)
+    script = ("import resource, signal, torch; from data import run, save\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+              f"run(lambda: save({path!r}, dict(kind='tokens', x=torch.zeros(10**6))))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.abspath(data.__file__)))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["a.pt"] and load(path, "tokens", "")["kind"] == "tokens"
+
+
+class Bomb:
+    """Pickles as a call that is made when it is loaded."""
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_load_refuses_what_it_should_in_one_line(tmp_path):
+    path, bomb = tmp_path / "a.pt", Bomb(os.mkdir, str(tmp_path / "exploded"))
+
+    def refused(message):
+        with pytest.raises(UserError, match=message) as caught:
+            load(path, "tokens", "python tokenizer.py")
+        assert "python tokenizer.py" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    refused("does not exist")
+    torch.save(GOOD, path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-20])
+    refused("damaged")
+    path.write_bytes(b"")
+    refused("damaged")
+    where = raw.index(GOOD["tokens"].numpy().tobytes()) + 100
+    path.write_bytes(raw[:where] + bytes([raw[where] ^ 1]) + raw[where + 1:])  # one bit of a weight
+    refused("damaged")
+    for contents, message in (([1], "not a .pt file of this"), ({}, "not a .pt file of this"),
+                              ({**GOOD, "version": True}, "not a .pt file of this"),
+                              ({**GOOD, "kind": "orders"}, "holds orders"), ({**GOOD, "version": 2}, "version 2"),
+                              ({**GOOD, "x": torch.zeros(1).expand(10 ** 12)}, "damaged"),
+                              ({**GOOD, "x": bomb}, "damaged"), ({**GOOD, "x": Bomb(bytearray, 2 ** 40)}, "damaged")):
+        torch.save(contents, path)
+        refused(message)
+    path.write_bytes(pickle.dumps(bomb))
+    refused("damaged")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\0" * 10 ** 6)
+    refused("damaged")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (UserError("size 7: expected 8"), 2, "error: size 7: expected 8\n"),
+    (UserError("Caught UserError in DataLoader worker\nTraceback\ndata.UserError: a is gone"), 2, "error: a is gone\n"),
+    (KeyboardInterrupt(), 130, "stopped\n"),
+    (PermissionError(13, "Permission denied", "out/x\n.pt"), 2, "error: out/x\\n.pt: Permission denied\n"),
+    (OSError(28, "No space left on device"), 2, "error: writing: No space left on device\n"),
+    (MemoryError(), 2, "error: out of memory: try a smaller --batch\n")])
+def test_run_turns_errors_into_one_line(capsys, error, code, line):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == code and capsys.readouterr().err == line
+
+
+def test_run_leaves_bugs_alone_and_returns_when_all_is_well():
+    run(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    for bad in (dict(path=str(tmp_path / "no such\nplace")), dict(split="dev"), dict(size=0), dict(size=-3),
+                dict(size=2.5), dict(size=10 ** 6), dict(path=str(tmp_path)), dict(path=__file__), dict(path=""),
+                dict(path="a\0b")):
+        with pytest.raises(UserError) as caught:
+            open_data(**bad)
+        assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="none of 1 images can be read"):
+            open_data(tmp_path, split=split)
+    (tmp_path / "metadata.csv").write_text("image;words\n")
+    with pytest.raises(UserError, match="expected file_name,text"):
+        open_data(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"' + "x" * 200_000)
+    with pytest.raises(UserError, match="csv"):
+        open_data(tmp_path)
+    for name in ("gpu", "cuda:99", "meta", "cpu\n"):
+        with pytest.raises(UserError, match="not available"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda", "mps")
+
+
+def test_shared_flags():
+    args = arguments("Some words.\n\nMore.").parse_args(["--data", "x", "--seed", "-1"])
+    assert args.data == "x" and args.out == "out" and args.device == "" and 0 <= args.seed < 2 ** 63
+    for wrong in (["--seed", "x"], ["--dat", "x"], ["stray"]):
+        with pytest.raises(UserError, match="--help"):
+            arguments("Some words.").parse_args(wrong)
+
+
+def test_command_line_writes_a_contact_sheet_and_reads_every_flag(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def sheet_of(*flags):
+        monkeypatch.setattr(sys, "argv", ["data.py", "--out", str(out), "--size", "16", *flags])
+        run(data.main)
+        assert len(capsys.readouterr().out.splitlines()) == 26
+        return (out / "data.png").read_bytes()
+    first = sheet_of()
+    assert Image.open(out / "data.png").size == (8 * 98 + 2, 3 * 98 + 2) and sheet_of() == first
+    for i in range(40):
+        picture(str(tmp_path / f"own/{i}.png"))
+    last = sheet_of("--data", str(tmp_path / "own"))
+    assert len({first, sheet_of("--seed", "1"), sheet_of("--split", "test"), sheet_of("--size", "8"), last}) == 5
+    before = (out / "data.png").read_bytes()
+    for flags in (["--data", str(tmp_path / "none")], ["--split", "x"], ["--size", "0"], ["--size", "x"],
+                  ["--out", __file__]):
+        with pytest.raises(SystemExit) as caught:
+            sheet_of(*flags)
+        assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+        assert (out / "data.png").read_bytes() == before
+
+
+# ---------------------------------------------------------------- a thousand mutations
+
+def mutated(raw, rng):
+    """Bytes with flipped bits, a cut end, a repeated piece, or two pieces swapped."""
+    raw = bytearray(raw)
+    kind = rng.randrange(4)
+    if kind == 0:
+        for _ in range(rng.choice((1, 4, 64))):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del raw[rng.randrange(len(raw)):]
+    else:
+        a, b, n = rng.randrange(len(raw)), rng.randrange(len(raw)), rng.randrange(1, 64)
+        raw[a:a + n], raw[b:b + n] = raw[b:b + n], raw[a:a + n] if kind == 2 else raw[b:b + n]
+    return bytes(raw)
+
+
+@slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_thousand_mutated_images_are_read_or_skipped(tmp_path, capfd):
+    image, rng = Image.fromarray(render_sunset(5, 40)[0].permute(1, 2, 0).numpy()), random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seeds = []
+    for ending, options in (("png", {}), ("jpg", {}), ("jpg", dict(progressive=True)), ("bmp", {}),
+                            ("webp", {}), ("webp", dict(lossless=True)),
+                            ("gif", dict(save_all=True, append_images=[image])),
+                            ("tif", {}), ("tif", dict(compression="tiff_lzw")), ("tif", dict(compression="jpeg"))):
+        options |= dict(exif=exif) if ending in ("png", "jpg", "webp") else {}
+        image.save(tmp_path / f"seed.{ending}", **options)
+        seeds.append((ending, (tmp_path / f"seed.{ending}").read_bytes()))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(1000):
+        ending, raw = seeds[i % len(seeds)]
+        (folder / f"{i}.{ending}").write_bytes(mutated(raw, rng))
+    total = 0
+    for split in ("train", "test"):
+        dataset = open_data(folder, 16, split)
+        assert all(dataset[i][0].shape == (3, 16, 16) for i in range(len(dataset)))
+        total += len(dataset) + len(dataset.skipped)
+    assert total == 1000
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err and not out
+
+
+@slow
+def test_a_thousand_mutated_pt_files_load_whole_or_give_one_line(tmp_path):
+    save(tmp_path / "a.pt", GOOD)
+    save(tmp_path / "b.pt", {**GOOD, "kind": "orders", "weights": torch.randn(300)})
+    raws, rng, loaded = [(tmp_path / f"{name}.pt").read_bytes() for name in "ab"], random.Random(0), 0
+    for i in range(1000):
+        (tmp_path / "c.pt").write_bytes(mutated(raws[i % 2], rng) if i % 10 else
+                                        raws[0][:rng.randrange(len(raws[0]))] + raws[1][rng.randrange(len(raws[1])):])
+        try:
+            contents = load(tmp_path / "c.pt", "tokens", "python tokenizer.py")
+            assert torch.equal(contents["tokens"], GOOD["tokens"]) and contents["config"] == GOOD["config"]
+            loaded += 1
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+    assert loaded < 500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+
+ROOT = Path(tokenizer.__file__).parent
+
+
+def small_tokenizer(size=16, downsample=4, codebook=32, seed=0):
+    torch.manual_seed(seed)
+    return Tokenizer(dict(size=size, downsample=downsample, codebook=codebook, width=16, fine=8, dim=8))
+
+
+def some_sunsets(n, size=16, split="train"):
+    dataset = open_data("sunsets", size, split)
+    return to_float(torch.stack([dataset[i][0] for i in range(n)]))
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A tokenizer small enough to train in seconds."""
+    for name, value in dict(WIDTH=16, FINE=8, DIM=8, WARMUP=4).items():
+        monkeypatch.setattr(tokenizer, name, value)
+    monkeypatch.setattr(data, "SUNSETS", data.SUNSETS_TRAIN + 40)      # fewer test images to render
+
+
+def write_drawings(folder, n, size=16):
+    folder.mkdir()
+    for i in range(n):
+        pixels = np.full((size, size, 3), 255, np.uint8)
+        pixels[i % 7:i % 7 + 6, 3:12] = (30 * (i % 8), 200 - 10 * i % 200, 90)
+        Image.fromarray(pixels).save(folder / f"drawing{i:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("size, downsample, cells", [(8, 4, 4), (12, 4, 9), (16, 2, 64), (16, 8, 4), (64, 16, 16)])
+def test_tokenizer_shapes(size, downsample, cells):
+    model = small_tokenizer(size, downsample)
+    images = torch.rand(3, 3, size, size) * 2 - 1
+    tokens = model.encode(images)
+    assert tokens.shape == (3, cells) and tokens.dtype == torch.int64 and model.rows * model.cols == cells
+    assert 0 <= tokens.min() and tokens.max() < 32
+    drawn = model.decode(tokens)
+    assert drawn.shape == images.shape and drawn.dtype == torch.float32 and drawn.abs().max() <= 1
+    assert torch.equal(drawn, model.decode(tokens.to(torch.uint8)))
+
+
+def test_tokenizer_cells_are_row_major():
+    """Repainting one cell's pixels changes no token but those of the cell and its neighbours."""
+    model = small_tokenizer(size=32, codebook=256)      # 8 x 8 cells
+    image = some_sunsets(1, 32)
+    other = image.clone()
+    other[:, :, 4 * 1:4 * 2, 4 * 6:4 * 7] = torch.rand(1, 3, 4, 4) * 2 - 1          # row 1, column 6: cell 14
+    z = (model.latents(image) - model.latents(other)).abs().sum(-1).flatten()
+    assert z.argmax() == 14
+
+
+def test_tokenizer_learns_and_uses_its_codes():
+    """After a few hundred steps pictures are drawn far better than by one colour each, with most codes in use."""
+    model, images = small_tokenizer(), some_sunsets(400)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(200):
+        loss = model.loss(images[batch_of(step, 8, len(images), 0)], step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    unseen = some_sunsets(100, split="test")
+    tokens = model.encode(unseen)
+    flat = unseen.mean((2, 3), keepdim=True).expand_as(unseen)
+    assert psnr(model.decode(tokens), unseen).mean() > psnr(flat, unseen).mean() + 5
+    used, perplexity = usage(tokens, 32)
+    assert used >= 24 and perplexity > 8
+
+
+def test_straight_through_gradient_reaches_the_encoder():
+    model, images = small_tokenizer(), some_sunsets(4)
+    model.loss(images, tokenizer.WARMUP)
+    z = model.latents(images)
+    z.retain_grad()
+    code = model.codebook[model.nearest(z)]
+    through = z + (code - z).detach()
+    assert torch.allclose(through, code, atol=1e-6)                     # forward: the code
+    through.retain_grad()
+    model.draw(through).square().mean().backward()
+    assert torch.equal(z.grad, through.grad) and z.grad.abs().sum() > 0     # backward: as if z had not been rounded
+    model.zero_grad()
+    model.loss(images, tokenizer.WARMUP + 1).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.encoder[1].weight.grad.abs().sum() > 0
+
+
+def test_dead_codes_restart_where_the_data_are():
+    model = small_tokenizer(codebook=16)
+    model.codebook[:] = 100.0                    # the collapse: every code but one is far from the data
+    model.codebook[0] = 0.0
+    model.total.copy_(model.codebook)
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    assert usage(model.nearest(z), 16)[0] == 1
+    for step in range(150):
+        model.move_codes(z, model.nearest(z), step, seed=0)
+    assert usage(model.nearest(z), 16)[0] >= 15
+    assert model.codebook.abs().max() < 10
+
+
+def test_usage_by_hand():
+    assert usage(torch.tensor([[3, 3], [3, 3]]), 8) == (1, 1.0)
+    used, perplexity = usage(torch.tensor([0, 1, 2, 3], dtype=torch.uint8), 8)
+    assert used == 4 and perplexity == pytest.approx(4)
+    used, perplexity = usage(torch.tensor([0, 0, 0, 1]), 2)
+    assert used == 2 and perplexity == pytest.approx(4 / 3 ** 0.75)      # exp of the entropy of (3/4, 1/4)
+
+
+def test_psnr_by_hand():
+    black, grey = -torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    assert psnr(grey, black).tolist() == pytest.approx([6.0206, 6.0206], abs=1e-4)      # half the range: 20 log10(2)
+
+
+def test_batches_are_whole_epochs():
+    """Every image once an epoch, also if a batch is larger than the data, and each step can be had on its own."""
+    for n, batch in ((10, 4), (3, 8), (1, 2)):
+        stream = [i for step in range(3 * n) for i in batch_of(step, batch, n, seed=5)]
+        for epoch in range(len(stream) // n):
+            assert sorted(stream[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert batch_of(2, 4, 10, 5) != batch_of(2, 4, 10, 6)
+
+
+def test_tokens_file(tmp_path, narrow):
+    make_tokens(out=tmp_path / "a", size=8, codebook=16, steps=12, batch=4, limit=60)
+    model, saved = load_tokenizer(tmp_path / "a" / "tokenizer.pt"), load_tokens(tmp_path / "a" / "tokens.pt")
+    train, test = open_data("sunsets", 8, "train"), open_data("sunsets", 8, "test")
+    tokens, split = saved["tokens"], saved["split"]
+    assert tokens.dtype == torch.uint8 and tokens.shape == (60 + len(test), 4)
+    assert split.dtype == torch.uint8 and [(split == k).sum().item() for k in (0, 1, 2)] == [57, 3, len(test)]
+    assert saved["config"] == dict(rows=2, cols=2, codebook=16, size=8, downsample=4, data="sunsets")
+    assert saved["made_from"] == dict(data=train.fingerprint, tokenizer=model.fingerprint)
+    assert len(set(saved["captions"])) == len(saved["captions"])
+    for i, (image, caption) in [(7, train[7]), (61, test[1])]:
+        assert saved["captions"][saved["caption_index"][i]] == caption
+    first = to_float(torch.stack([train[i][0] for i in range(60)]))
+    assert torch.equal(model.encode(first), tokens[:60].long())                      # saved and loaded: the same tokens
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["reconstructions.png", "tokenizer.pt", "tokens.pt"]
+    Image.open(tmp_path / "a" / "reconstructions.png").verify()
+
+
+def test_tokens_are_as_small_as_the_codebook_allows(tmp_path, narrow):
+    folder = write_drawings(tmp_path / "drawings", 24)
+    for codebook, dtype in ((256, torch.uint8), (257, torch.int16), (40000, torch.int32)):
+        make_tokens(folder, tmp_path / "out", size=8, codebook=codebook, steps=1, batch=2)
+        assert load_tokens(tmp_path / "out" / "tokens.pt")["tokens"].dtype == dtype
+
+
+def test_fewer_images_than_a_batch(tmp_path, narrow):
+    folder = write_drawings(tmp_path / "drawings", 3)
+    for path in sorted(folder.iterdir())[1:]:           # one image is enough, wherever the split puts it
+        path.unlink()
+    try:
+        open_data(folder, 12, "train")
+    except UserError:
+        pytest.skip("the only image is held out")
+    make_tokens(folder, tmp_path / "out", size=12, codebook=8, steps=6, batch=16)
+    saved = load_tokens(tmp_path / "out" / "tokens.pt")
+    assert saved["tokens"].shape == (1, 9) and saved["split"].tolist() == [0]
+
+
+def test_resumed_tokenizer_equals_uninterrupted(tmp_path, narrow, monkeypatch):
+    """Stopped in the middle, after the codebook has begun to move, and continued: the same weights bit for bit."""
+    arguments = dict(data=write_drawings(tmp_path / "drawings", 24), size=8, codebook=16, steps=20, batch=4)
+    make_tokens(out=tmp_path / "whole", **arguments)
+    monkeypatch.setattr(tokenizer, "SAVE_EVERY", -1)                          # a state after each step
+    move, moves = Tokenizer.move_codes, []
+
+    def killed(self, z, tokens, step, seed):
+        if step == 13 and not moves:
+            moves.append(step)
+            raise KeyboardInterrupt
+        move(self, z, tokens, step, seed)
+    monkeypatch.setattr(Tokenizer, "move_codes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_tokens(out=tmp_path / "halves", **arguments)
+    assert [p.name for p in (tmp_path / "halves").iterdir()] == ["tokenizer_resume.pt"]
+    with pytest.raises(UserError, match="batch 4, now it is 5"):
+        make_tokens(out=tmp_path / "halves", resume=True, **{**arguments, "batch": 5})
+    make_tokens(out=tmp_path / "halves", resume=True, **arguments)
+    for name, key in (("tokenizer.pt", "model"), ("tokens.pt", "tokens")):
+        whole, halves = (load(tmp_path / run / name, name[:-3], "")[key] for run in ("whole", "halves"))
+        assert str(whole) == str(halves)
+        if key == "model":
+            assert all(torch.equal(whole[k], halves[k]) for k in whole)
+        else:
+            assert torch.equal(whole, halves)
+    assert not (tmp_path / "halves" / "tokenizer_resume.pt").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "30"], "--size 30 is not divisible by --downsample 4"),
+    (["--downsample", "3"], "--downsample 3 is not a power of two"),
+    (["--codebook", "1"], "--codebook 1 is out of range"),
+    (["--data", "no/such/folder"], "no/such/folder does not exist")])
+def test_tokenizer_bad_flags_leave_out_alone(tmp_path, flags, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokens.pt").write_bytes(b"precious")
+    done = subprocess.run([sys.executable, ROOT / "tokenizer.py", "--out", out, *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [("tokens.pt", b"precious")]
+
+
+def test_damaged_tokens_are_refused(tmp_path, narrow):
+    folder = write_drawings(tmp_path / "drawings", 12)
+    make_tokens(folder, tmp_path, size=8, codebook=16, steps=2, batch=2)
+    good = load_tokens(tmp_path / "tokens.pt")
+    for key, value in dict(tokens=good["tokens"] + 16, split=good["split"][1:], caption_index=good["caption_index"] + 99,
+                           config=dict(good["config"], rows=3)).items():
+        save(tmp_path / "tokens.pt", {**good, key: value})
+        with pytest.raises(UserError, match="damaged: run python tokenizer.py again"):
+            load_tokens(tmp_path / "tokens.pt")
+    with pytest.raises(UserError, match="expected .?tokenizer"):
+        load_tokenizer(tmp_path / "tokens.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def root_of(S):
+    """The symmetric square root of a covariance matrix, by eigenvalues, float64."""
+    value, vector = torch.linalg.eigh(S)
+    return (vector * value.clamp_min(0).sqrt()) @ vector.T
+
+
+def frechet_by_definition(a, b):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(sqrt(S1) S2 sqrt(S1))), with covariance matrices and square roots."""
+    a, b = a.double(), b.double()
+    S1, S2 = torch.cov(a.T), torch.cov(b.T)
+    middle = root_of(root_of(S1) @ S2 @ root_of(S1))
+    return ((a.mean(0) - b.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * middle.trace()).item()
+
+
+def features_like(n, f, seed, scale=1.0):
+    chance = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, f, generator=chance) @ torch.randn(f, f, generator=chance) * scale).relu() + 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between sets of features
+
+
+def test_frechet_of_diagonal_gaussians_has_its_closed_form():
+    """Samples whose covariance is exactly diagonal: the distance is |m1 - m2|^2 + sum (s1 - s2)^2."""
+    n, f = 60, 7
+    flat = torch.randn(2, n, f, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flat = torch.linalg.qr(flat - flat.mean(1, keepdim=True)).Q * math.sqrt(n - 1)         # centred, covariance 1
+    s1, s2 = torch.linspace(0.1, 3, f).double(), torch.linspace(2, 0.5, f).double()
+    m1, m2 = torch.arange(f).double(), torch.ones(f).double()
+    found = evaluate.frechet_distance(flat[0] * s1 + m1, flat[1] * s2 + m2)
+    assert found == pytest.approx(((m1 - m2).square().sum() + (s1 - s2).square().sum()).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("n, m, f", ((300, 200, 8), (20, 300, 32), (12, 9, 40)))           # also fewer images than features
+def test_frechet_agrees_with_matrix_square_roots(n, m, f):
+    a, b = features_like(n, f, 1), features_like(m, f, 2, 1.3)
+    assert evaluate.frechet_distance(a, b) == pytest.approx(frechet_by_definition(a, b), rel=1e-5)
+
+
+def test_frechet_of_equal_sets_is_zero_and_of_a_shift_its_square():
+    a = features_like(50, 16, 3)
+    assert evaluate.frechet_distance(a, a) < 1e-9
+    assert evaluate.frechet_distance(a, a[torch.randperm(50)]) < 1e-9
+    assert evaluate.frechet_distance(a, a.double() + 2) == pytest.approx(16 * 4, rel=1e-9)
+
+
+def test_moments_do_not_depend_on_the_chunks():
+    a = features_like(101, 6, 4)
+    (mean, root), (mean2, root2) = evaluate.moments(a), evaluate.moments(a, chunk=9)
+    torch.testing.assert_close(root.T @ root, torch.cov(a.double().T))
+    torch.testing.assert_close(root2.T @ root2, root.T @ root)
+    assert torch.equal(mean, mean2)
+
+
+def test_kernel_distance_agrees_with_loops_and_is_unbiased():
+    a, b = features_like(11, 5, 5), features_like(8, 5, 6)
+    kernel = lambda x, y: (sum(u * v for u, v in zip(x.tolist(), y.tolist())) / 5 + 1) ** 3
+    within = lambda x: sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
+    between = sum(kernel(x, y) for x in a for y in b) / (len(a) * len(b))
+    expected = within(a) + within(b) - 2 * between
+    assert evaluate.kernel_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.kernel_distance(a, b, block=3) == pytest.approx(expected, rel=1e-6)
+    same = [evaluate.kernel_distance(*torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(s))) for s in range(300)]
+    assert abs(sum(same) / 300) < 0.3 and min(same) < -0.1                 # a biased one would average about 1
+
+
+def test_precision_and_recall_agree_with_loops():
+    real, drawn = features_like(23, 3, 7), features_like(17, 3, 8) + 0.8
+    gap = lambda x, y: math.dist(x.tolist(), y.tolist())
+
+    def share(points, centres):
+        radius = [sorted(gap(c, other) for j, other in enumerate(centres) if j != i)[2] for i, c in enumerate(centres)]
+        return sum(any(gap(p, c) <= r for c, r in zip(centres, radius)) for p in points) / len(points)
+    found = evaluate.precision_recall(real, drawn, k=3, block=5)
+    assert found == (pytest.approx(share(drawn, real)), pytest.approx(share(real, drawn)))
+    assert 0 < found[0] < 1 and 0 < found[1] < 1 and found[0] != found[1]
+
+
+def test_precision_sees_quality_and_recall_diversity():
+    chance = torch.Generator().manual_seed(0)
+    real = torch.cat((torch.randn(100, 3, generator=chance), torch.randn(100, 3, generator=chance) + 20))
+    half = torch.randn(200, 3, generator=chance) * 0.9                     # good images, one of two kinds only
+    precision, recall = evaluate.precision_recall(real, half)
+    assert precision > 0.85 and recall < 0.55
+    assert evaluate.precision_recall(real, real + 200) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+class TwoPixels:
+    """Two "layers" of a network that one can follow by hand: the image itself, and twice its first two channels."""
+    weights = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.25])]
+
+    def activations(self, images):
+        return [images, 2 * images[:, :2]]
+
+
+def test_lpips_by_hand():
+    x = torch.tensor([3.0, 4.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2).clone()          # unit vectors .6 .8 0
+    y = x.clone()
+    y[0, :, 0, 1] = torch.tensor([0.0, 0.0, 5.0])                          # the second pixel differs
+    first = (1 * 0.36 + 2 * 0.64 + 3 * 1.0) / 2                            # mean over two pixels
+    second = (0.5 * 0.36 + 0.25 * 0.64) / 2                                # (0, 0) stays 0, no division by zero
+    assert evaluate.lpips(x, y, TwoPixels()).tolist() == pytest.approx([first + second], rel=1e-5)
+    assert torch.equal(evaluate.lpips(x, y, TwoPixels()), evaluate.lpips(y, x, TwoPixels()))
+    assert evaluate.lpips(y, y, TwoPixels()).tolist() == [0]
+
+
+def random_lpips(folder, seed=0):
+    """Files as people download them, with random weights: (torchvision's alexnet, the lpips package's alex)."""
+    torch.manual_seed(seed)
+    backbone = {**evaluate.AlexNet().state_dict(), "classifier.1.weight": torch.zeros(2, 2)}
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+    torch.save(backbone, folder / "alexnet.pth")
+    torch.save(linear, folder / "alex.pth")
+    return folder / "alexnet.pth", folder / "alex.pth"
+
+
+def test_lpips_with_alexnet_loads_strictly(tmp_path):
+    backbone, linear = random_lpips(tmp_path)
+    net = evaluate.load_lpips(backbone, linear)
+    x, y = torch.rand(2, 3, 3, 40, 40) * 2 - 1
+    found = evaluate.lpips(x, y, net)
+    assert found.shape == (3,) and (found > 0).all() and evaluate.lpips(x, x, net).tolist() == [0, 0, 0]
+    torch.testing.assert_close(found, evaluate.lpips(y, x, net))
+    # the formula once more, in a loop over pixels
+    layers = [(a[0], b[0], w) for a, b, w in zip(net.activations(x), net.activations(y), net.weights)]
+    unit = lambda v: v / (v.norm() + 1e-10)
+    naive = sum(torch.stack([(w * (unit(a[:, i, j]) - unit(b[:, i, j])) ** 2).sum()
+                             for i in range(a.shape[1]) for j in range(a.shape[2])]).mean() for a, b, w in layers)
+    assert found[0].item() == pytest.approx(naive.item(), rel=1e-4)
+    for path, spoil in ((backbone, lambda s: s.pop("features.0.bias")), (linear, lambda s: s.pop("lin4.model.1.weight")),
+                        (linear, lambda s: s.update(extra=torch.zeros(1))), (backbone, lambda s: s.update(x=torch.zeros(1)))):
+        state = torch.load(path, weights_only=True)
+        spoil(state)
+        torch.save(state, tmp_path / "spoilt.pth")
+        with pytest.raises(UserError, match="spoilt.pth does not hold"):
+            evaluate.load_lpips(*((tmp_path / "spoilt.pth", linear) if path == backbone else (backbone, tmp_path / "spoilt.pth")))
+    with pytest.raises(UserError):
+        evaluate.load_lpips(linear, backbone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class Rooms(torch.nn.Module):
+    """The interface of the Inception file: uint8 images to `size` features, by tiling their mean colours."""
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        mean = images.float().mean(dim=[2, 3])
+        return mean.repeat(1, self.size // 3 + 1)[:, :self.size] if return_features else mean.argmax(1)
+
+
+class Other(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+
+def test_inception_files_are_used_or_refused_in_one_line(tmp_path):
+    for size, name in ((2048, "FID"), (12, "Frechet")):                    # FID is the name of one network's distance only
+        torch.jit.script(Rooms(size)).save(str(tmp_path / "net.pt"))
+        found, extract = evaluate.load_inception(str(tmp_path / "net.pt"))
+        assert found == name and extract(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)).tolist() == [[7.0] * size] * 2
+    torch.jit.script(Other()).save(str(tmp_path / "other.pt"))
+    torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    for name in ("other.pt", "weights.pt", "text.pt", "missing.pt"):
+        with pytest.raises(UserError, match=name) as error:
+            evaluate.load_inception(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+class Shades(torch.utils.data.Dataset):
+    """Sunsets with other captions: what the judge learns depends on them."""
+    def __init__(self, captions, size=8):
+        self.captions, self.images = captions, [data.render_sunset(i, size)[0] for i in range(len(captions))]
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, i):
+        return self.images[i], self.captions[i]
+
+
+def test_the_judge_learns_captions_where_they_are_classes_else_rotations():
+    task = lambda captions: evaluate.train_judge(Shades(captions), steps=1, width=4).config
+    assert task(["a", "b"] * 20) == {"task": "captions", "classes": ["a", "b"], "width": 4}
+    assert task(["a", "b"] * 19 + ["c"] * 2)["task"] == "rotations"        # too few of c
+    assert task(["a"] * 40)["task"] == task([str(i) for i in range(40)])["task"] == "rotations"
+
+
+def test_the_judge_is_repeatable_and_valid_on_sunsets():
+    train, test = Shades(list(data.open_data("sunsets", 16).captions[:1200]), 16), data.open_data("sunsets", 16, "test")
+    judges = [evaluate.train_judge(train, seed=3, steps=s, width=16) for s in (4, 4, 120)]
+    a, b, judge = judges
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert any(not torch.equal(v, judge.state_dict()[k]) for k, v in a.state_dict().items())
+    images = torch.stack([test[i][0] for i in range(1200)])
+    report = evaluate.validate_judge(lambda x: judge.features(to_float(x)), images)
+    for how in ("noise", "blur", "shuffle"):
+        one, two, three = report[how]
+        assert report["real"] < one < two < three
+    assert report["ok"] == (report["ratio"] >= 20) and report["ratio"] > 10
+    assert report == evaluate.validate_judge(lambda x: judge.features(to_float(x)), images)
+    blind = evaluate.validate_judge(lambda x: to_float(x).mean((2, 3)), images)            # mean colours see no shuffling
+    assert not blind["ok"]
+
+
+def test_damage_is_what_it_says():
+    images = torch.stack([data.render_sunset(i, 16)[0] for i in range(4)])
+    chance = torch.Generator().manual_seed(0)
+    for share in (0.25, 1.0):
+        worse = evaluate.corrupted(images, "shuffle", share, chance)
+        cut = lambda x: x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(4, 16, -1)
+        assert ((cut(worse) != cut(images)).any(-1).sum(1) <= 16 * share).all() and not torch.equal(worse, images)
+        for a, b in zip(cut(worse), cut(images)):                          # the same patches, elsewhere
+            assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
+    grey = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
+    assert torch.equal(evaluate.corrupted(grey, "blur", 2, chance), grey)
+    noisy = to_float(evaluate.corrupted(grey, "noise", 0.3, chance))
+    assert noisy.std().item() == pytest.approx(0.3, rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an order does
+
+
+SPIRAL = torch.tensor([[0, 6, 1, 7, 8, 4, 2, 5, 3]])                       # the rank of the docstring: 0 6 1 / 7 8 4 / 2 5 3
+
+
+def test_step_length_on_hand_worked_grids():
+    assert evaluate.step_length(raster_order(2, 9), 3) == pytest.approx((6 + 2 * math.sqrt(5)) / 8)
+    # corners 0 2 6 8, then 5 7 1 3 4: steps 2, sqrt 8, 2, 1, sqrt 2, 2, sqrt 2, 1
+    assert evaluate.step_length(rank_of(SPIRAL), 3) == pytest.approx((2 + 8 ** 0.5 + 2 + 1 + 2 ** 0.5 + 2 + 2 ** 0.5 + 1) / 8)
+
+
+def test_share_of_steps_that_touch_a_drawn_cell():
+    assert evaluate.touching(rank_of(raster_order(3, 9)), 3, 3) == 1
+    assert evaluate.touching(SPIRAL, 3, 3) == 5 / 8
+    assert evaluate.touching(torch.tensor([[0, 2, 1]]), 1, 3) == 1 / 2     # left, right, then between
+    assert evaluate.touching(torch.tensor([[3, 0, 2, 1]]), 2, 2) == 1      # diagonal neighbours count
+
+
+def test_rank_correlation_by_hand():
+    a = torch.arange(9).view(1, 9)
+    assert evaluate.rank_correlation(a, a) == 1 and evaluate.rank_correlation(a, a.flip(1)) == -1
+    assert evaluate.rank_correlation(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 2, 1]])) == 0.5
+    many = rank_of(random_order(400, 16, torch.Generator().manual_seed(0)))
+    assert abs(evaluate.rank_correlation(many[:200], many[200:])) < 0.05
+    pair = evaluate.rank_correlation(many[:1], many[1:2])
+    assert pair == pytest.approx(torch.corrcoef(many[:2].double())[0, 1].item())
+
+
+def test_what_is_drawn_before_what():
+    sun, cloud, sky = (data.SUNSET_LABELS.index(name) for name in ("sun", "cloud", "sky"))
+    labels = torch.full((2, 4, 4), sky, dtype=torch.uint8)
+    labels[:, :2, :2], labels[0, 2:, 2:] = sun, cloud                      # only the first image has a cloud
+    before = lambda rank: evaluate.drawn_before(torch.tensor([rank, rank]), labels, "sun", "cloud", 2, 2)
+    assert before([0, 1, 2, 3]) == 1 and before([3, 1, 2, 0]) == 0
+    labels[0, 1, 1] = cloud                                                # a pixel of cloud in the sun's cell
+    assert before([3, 1, 2, 0]) == 0
+    assert evaluate.drawn_before(torch.tensor([[0, 1, 2, 3]]), labels[1:], "sun", "cloud", 2, 2) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A folder with an untrained tokenizer and models of sunsets of 8x8 pixels, 2x2 cells: (folder, models)."""
+    out = tmp_path_factory.mktemp("evaluated")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer({"size": 8, "downsample": 4, "codebook": 16, "width": 8, "fine": 8, "dim": 4}).eval()
+    sunsets = open_data("sunsets", 8)
+    data.save(out / "tokenizer.pt", {"kind": "tokenizer", "version": 1, "config": tokenizer.config,
+                                     "made_from": {"data": sunsets.fingerprint}, "model": tokenizer.state_dict()})
+    words, models = sorted({w for c in sunsets.captions[:500] for w in data.words_of(c)}), {}
+    for name, order, head in (("raster", "raster", False), ("anyorder", "random", False), ("ordered", "inferred", True)):
+        model = models[name] = AnyOrder({"rows": 2, "cols": 2, "codebook": 16, "width": 32, "layers": 2, "order_head": head,
+                                         "words": words, "caption_length": 8}).eval()
+        made_from = {"data": sunsets.fingerprint, "tokenizer": tokenizer.fingerprint, "tokens": "0"}
+        if head:
+            made_from["model"] = data.fingerprint(models["anyorder"].state_dict())
+        save_model(out / f"{name}.pt", model, made_from=made_from, order=order, step=3, held_out=2.0, batch=8,
+                   tokens_seen=96, seconds=1.5, data="sunsets", captions=["low red sun"],
+                   **({"caption_rank": torch.tensor([[3.0, 0, 1, 2]]), "score": "margin", "distance": 0.5} if head else {}))
+    return out, models
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "HELD_OUT", 30)
+    monkeypatch.setattr(evaluate, "train_judge", functools.partial(evaluate.train_judge, steps=2, width=4))
+
+
+def evaluation(monkeypatch, capsys, out, *flags):
+    """evaluate.py's main in this process: (exit code, what it printed on each stream)."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(out), "--device", "cpu", *map(str, flags)])
+    code = 0
+    try:
+        data.run(evaluate.main)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
+    out, models = evaluated
+    code, first, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4)
+    assert code == 0
+    report = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["raster:raster", "anyorder:raster", "anyorder:random", "anyorder:inferred", "ordered:learned",
+                          "ordered:frozen", "ordered:inferred"]
+    assert report["n"] == 10 and report["held_out"] == 30 and report["seed"] == 0 and "results.json" not in report["command"]
+    assert (out / "results.png").stat().st_size > 1000 and (out / "compare.png").stat().st_size > 1000
+    # what drawing costs: 4 cells, or 4 + 3 + 2 + 1 tries, to which frozen adds the model's own 4
+    cost = {name.split(":")[1]: row["evaluations"] for name, row in rows.items()}
+    assert cost == {"raster": 4, "random": 4, "inferred": 10, "learned": 4, "frozen": 14}
+    # the likelihood, once more by hand
+    test, pick = open_data("sunsets", 8, "test"), torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:10]
+    images, captions = zip(*(test[i] for i in pick.tolist()))
+    tokens = evaluate.load_tokenizer(out / "tokenizer.pt").encode(to_float(torch.stack(images)))
+    nats = -load_model(out / "raster.pt").log_probs(tokens, captions, raster_order(10, 4)).sum(1).double()
+    assert rows["raster:raster"]["nats"] == pytest.approx(nats.mean().item() / 4, rel=1e-6)
+    assert rows["raster:raster"]["nats_error"] == pytest.approx(nats.std().item() / 10 ** 0.5 / 4, rel=1e-6)
+    assert rows["raster:raster"]["bits"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-6)
+    assert rows["raster:raster"]["versus"] == 0 and rows["anyorder:raster"]["step"] == pytest.approx((2 + 2 ** 0.5 * 0 + 5 ** 0.5 * 0 + 2 ** 0.5) / 3)
+    assert report["agreement"][0][1] == 1 and report["agreement"][3][3] == 1
+    # one seed, one table; only the speed differs
+    code, second, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4)
+    same = lambda text: [line for line in text.splitlines() if "images/s" not in line]
+    assert same(first) == same(second) and len(same(first)) > 20
+    code, third, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4, "--seed", 1)
+    assert same(first) != same(third)
+
+
+def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monkeypatch, capsys):
+    out, _ = evaluated
+    torch.jit.script(Rooms(2048)).save(str(out / "inception.pt"))
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--guidance", 2, "--inception", out / "inception.pt",
+                                  "--models", f"{out}/anyorder.pt:inferred")
+    report = json.loads((out / "results.json").read_text())
+    assert code == 0 and report["rows"][0]["evaluations"] == 20
+    assert " FID " in printed and "LPIPS-judge" in printed and "the judge is" not in printed
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:class")
+    assert code == 0 and "FID" not in printed and "Frechet (judge)" in printed and "the judge is" in printed
+
+
+def test_an_interrupt_keeps_the_rows_that_are_done(evaluated, quick, monkeypatch, capsys):
+    out, _ = evaluated
+    (out / "results.json").unlink(missing_ok=True)
+    real, calls = evaluate.evaluate_row, []
+
+    def second_is_interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(evaluate, "evaluate_row", second_is_interrupted)
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5)
+    assert code == 130 and "raster:raster" in printed
+    assert [row["name"] for row in json.loads((out / "results.json").read_text())["rows"]] == ["raster:raster"]
+
+
+def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path):
+    out, models = evaluated
+    file = data.load(out / "raster.pt", "model", "")
+    file["made_from"]["tokenizer"] = "another"
+    data.save(tmp_path / "foreign.pt", file)
+    file["made_from"].update(tokenizer=Tokenizer.fingerprint.fget(evaluate.load_tokenizer(out / "tokenizer.pt")), data="other")
+    data.save(tmp_path / "elsewhere.pt", file)
+    data.sheet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "picture.png")
+    for flags, message in ((("--n", 3), "n at least 4"), (("--batch", 0), "batch at least"),
+                           (("--models", tmp_path / "foreign.pt"), "another tokenizer"),
+                           (("--models", f"{out}/raster.pt:learned"), "knows no learned order"),
+                           (("--models", f"{out}/raster.pt:frozen"), "not finetuned"),
+                           (("--models", f"{out}/missing.pt:raster"), "does not exist"),
+                           (("--models", f"{out}/tokenizer.pt:raster"), "tokenizer"),
+                           (("--models", tmp_path / "elsewhere.pt"), "not the data"),
+                           (("--lpips-backbone", "x.pth"), "both"), (("--inception", out / "raster.pt"), "leave out --inception"),
+                           (("--data", tmp_path), "error")):
+        code, _, error = evaluation(monkeypatch, capsys, out, *flags)
+        assert code == 2 and message in error and error.strip().count("\n") == 0, (flags, error)
+    code, _, error = evaluation(monkeypatch, capsys, tmp_path)
+    assert code == 2 and "tokenizer.pt does not exist" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py: completing, extending, looking on
+
+
+def small_model(rows=4, cols=4, codebook=16, head=False, seed=0):
+    torch.manual_seed(seed)
+    model = AnyOrder({"rows": rows, "cols": cols, "codebook": codebook, "width": 32, "layers": 2, "order_head": head,
+                      "words": ["low", "red", "sun"], "caption_length": 3}).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)                          # so large that every input matters
+    return model
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """A folder with an untrained tokenizer (images of 16x16 pixels, 4x4 cells), an untrained model, and image.png."""
+    out = tmp_path_factory.mktemp("studio")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer({"size": 16, "downsample": 4, "codebook": 16, "width": 8, "fine": 8, "dim": 4}).eval()
+    data.save(out / "tokenizer.pt", {"kind": "tokenizer", "version": 1, "config": tokenizer.config,
+                                     "made_from": {"data": "0"}, "model": tokenizer.state_dict()})
+    for name, head in (("anyorder", False), ("headed", True)):
+        save_model(out / f"{name}.pt", small_model(head=head), order="random", captions=["low red sun", "red sun", "sun"],
+                   made_from={"data": "0", "tokenizer": tokenizer.fingerprint, "tokens": "0"})
+    sheet(render_sunset(7, 16)[0][None], 1, gap=0).save(out / "image.png")
+    return out
+
+
+@pytest.fixture
+def paint(studio, monkeypatch, capsys):
+    """paint(*flags) runs sample.py's main in this process -> (exit code, what it printed, {picture: its tiles, labels})."""
+    def run(*flags):
+        pages = {}
+        monkeypatch.setattr(sample, "page", lambda path, tiles, labels, columns: pages.update(
+            {str(path).split("/")[-1][:-4]: (tiles, labels)}))
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(studio), "--device", "cpu", "--n", "3", *map(str, flags)])
+        code = 0
+        try:
+            data.run(sample.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        text = capsys.readouterr()
+        return code, text.out + text.err, pages
+    return run
+
+
+def tiles_of(pages, name, given=2):
+    """The drawn tiles [n, 3, H, W] of a page at the model's size: sample.py enlarges 16 pixels to 128."""
+    return pages[name][0][given:, :, ::8, ::8]
+
+
+def sunset_file(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canvases
+
+
+def test_windows_cover_a_canvas_from_its_middle_outwards():
+    assert sample.windows((2, 4), (2, 2)) == [(0, 1), (0, 0), (0, 2)]
+    assert sample.windows((4, 4), (4, 4)) == [(0, 0)]
+    for shape, grid in (((8, 8), (4, 4)), ((7, 13), (3, 3)), ((5, 5), (3, 2)), ((9, 1), (3, 1)), ((1, 4), (1, 1))):
+        corners, times = sample.windows(shape, grid), torch.zeros(shape)
+        for top, left in corners:
+            assert 0 <= top <= shape[0] - grid[0] and 0 <= left <= shape[1] - grid[1]
+            times[top:top + grid[0], left:left + grid[1]] += 1
+        assert (times > 0).all() and len(set(corners)) == len(corners)
+        assert corners[0] == tuple((whole - side) // 2 for whole, side in zip(shape, grid))
+
+
+@pytest.mark.parametrize("order", ("raster", "random", "inferred", "learned"))
+def test_a_canvas_of_the_grids_size_with_nothing_known_is_plain_sampling(order):
+    model, captions = small_model(head=True), ["sun", "low sun", ""]
+    tokens, visited, scores = sample.fill(model, captions, torch.randint(16, (3, 16)), torch.zeros(4, 4).bool(),
+                                          torch.Generator().manual_seed(5), order=order, guidance=2.0)
+    plain, plain_order = sample.generate(model, captions, order, guidance=2.0, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(tokens, plain) and torch.equal(visited, plain_order)
+    assert len(scores) == (16 if order in ("inferred", "learned") else 0)
+
+
+@pytest.mark.parametrize("shape", ((8, 8), (4, 11), (7, 5)))
+def test_a_larger_canvas_keeps_what_is_known_and_draws_each_other_cell_once(shape):
+    model = small_model()
+    known = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    tokens = torch.randint(16, (2, known.numel()))
+    found, order, scores = sample.fill(model, ["sun", ""], tokens, known, torch.Generator().manual_seed(0))
+    assert torch.equal(found[:, known.flatten()], tokens[:, known.flatten()])
+    free = (~known).flatten().nonzero()[:, 0]
+    assert torch.equal(order.sort(1).values, free.expand(2, -1))
+    assert len(scores) == len(free)
+    for step, (cells, value) in enumerate(scores):                             # the best-scored cell is the one drawn next
+        assert torch.equal(cells.gather(1, value.argmax(1, keepdim=True))[:, 0], order[:, step])
+
+
+def test_each_window_is_given_what_earlier_windows_drew(monkeypatch):
+    model, calls, true = small_model(), [], sample.generate
+
+    def spy(model, captions, given, keep, **how):
+        calls.append((given.clone(), keep.clone()))
+        return true(model, captions, given=given, keep=keep, **how)
+    monkeypatch.setattr(sample, "generate", spy)
+    known = torch.zeros(4, 8, dtype=torch.bool)
+    known[:, 2:6] = True                                                       # the image, in the middle
+    tokens = torch.randint(16, (1, 32))
+    found, order, _ = sample.fill(model, [""], tokens, known, torch.Generator())
+    assert [int(keep.sum()) for _, keep in calls] == [8, 8]                    # left and right, each sees half the image
+    for (given, keep), left in zip(calls, (0, 4)):
+        assert torch.equal(given[:, keep], found.view(1, 4, 8)[:, :, left:left + 4].flatten(1)[:, keep])
+    everything = torch.ones(4, 8, dtype=torch.bool)
+    found, order, scores = sample.fill(model, [""], tokens, everything, torch.Generator())
+    assert torch.equal(found, tokens) and order.shape == (1, 0) and not scores and len(calls) == 2
+
+
+def test_a_canvas_of_one_window_decodes_as_the_tokenizer_does_and_larger_ones_fade(studio):
+    tokenizer = load_tokenizer(studio / "tokenizer.pt")
+    tokens = torch.randint(16, (3, 16))
+    torch.testing.assert_close(sample.decode(tokenizer, tokens, (4, 4)), tokenizer.decode(tokens))
+    tokens = torch.randint(16, (2, 8 * 4))                                     # three windows: rows 0-3, 2-5, 4-7
+    image = sample.decode(tokenizer, tokens, (8, 4))
+    parts = [tokenizer.decode(tokens[:, first:first + 16]) for first in (0, 8, 16)]
+    torch.testing.assert_close(image[:, :, :8], parts[0][:, :, :8])            # only one window holds the upper two rows
+    torch.testing.assert_close(image[:, :, 24:], parts[2][:, :, 8:])
+    above, below = parts[0][:, :, 8:], parts[1][:, :, :8]
+    torch.testing.assert_close(image[:, :, 8:16], torch.lerp(above, below, (torch.arange(8.0) + 1)[:, None] / 9))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The edge of the mask
+
+
+def test_kept_pixels_come_back_bit_for_bit_and_the_rest_meets_them():
+    chance = torch.Generator().manual_seed(0)
+    kept = torch.randint(256, (3, 12, 20), generator=chance, dtype=torch.uint8)
+    for hidden in (torch.rand(12, 20, generator=chance) < 0.5, torch.zeros(12, 20).bool(), torch.ones(12, 20).bool()):
+        drawn = torch.rand(2, 3, 12, 20, generator=chance) * 2 - 1
+        found = sample.compose(drawn, kept, hidden, 2.0)
+        assert found.dtype == torch.uint8 and torch.equal(found[:, :, ~hidden], kept[:, ~hidden].expand(2, -1, -1))
+    assert torch.equal(found, to_uint8(drawn))                                 # all hidden: nothing shifts the drawing
+    # a drawing that is 20 levels too dark everywhere: right at the edge that is mended, far away it stays
+    flat, hidden = torch.full((3, 8, 40), 120, dtype=torch.uint8), torch.arange(40).expand(8, 40) >= 20
+    found = sample.compose(torch.full((1, 3, 8, 40), 100 / 127.5 - 1), flat, hidden, 2.0).int()[0, 0, 4]
+    assert (found[:20] == 120).all() and found[20] > 110 and found[-1] == 100 and (found[20:].diff() <= 0).all()
+
+
+def test_what_is_hidden_is_filled_from_the_nearest_known_pixels():
+    value, known = torch.zeros(1, 3, 4, 30), torch.ones(4, 30).bool()
+    value[..., 15:], known[:, 10:20] = 1.0, False
+    value[..., 10:20] = 99.0                                                   # must not count
+    found, share = sample.spread(value, known, 2.0)
+    assert found[0, 0, 0, 10] < 0.05 and found[0, 0, 0, 19] > 0.95 and (found[0, 0, 0].diff() >= -1e-6).all()
+    assert share[0, 0] > 0.9 and share[0, 14] < 0.1 and 0.3 < share[0, 10] < 0.6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def test_a_linear_guidance_schedule_between_equal_ends_is_constant_and_else_changes_on_the_way(monkeypatch):
+    model, strengths, true = small_model(), [], sample.guided
+    monkeypatch.setattr(sample, "guided", lambda logits, B, guidance: strengths.append(guidance) or true(logits, B, guidance))
+    chance = lambda: torch.Generator().manual_seed(3)
+    constant, same = (sample.generate(model, ["sun"], "raster", guidance=g, generator=chance()) for g in (2.0, (2.0, 2.0)))
+    assert torch.equal(constant[0], same[0]) and set(strengths) == {2.0}
+    strengths.clear()
+    sample.generate(model, ["sun"], "raster", guidance=(0.0, 3.0), generator=chance())
+    assert strengths == pytest.approx([3 * k / 15 for k in range(16)])
+    strengths.clear()                                                          # cells that are given count as drawn
+    sample.generate(model, ["sun"], "raster", guidance=(0.0, 3.0), given=torch.zeros(1, 16).long(), keep=torch.arange(16) < 8)
+    assert strengths == pytest.approx([3 * k / 15 for k in range(8, 16)])
+
+
+def test_guidance_without_a_caption_costs_nothing_and_changes_nothing():
+    model, rows = small_model(), []
+    model.head.register_forward_hook(lambda _, x, y: rows.append(len(y)))
+    plain, guided = (sample.generate(model, ["", ""], "raster", guidance=g)[0] for g in (1.0, 5.0))
+    assert torch.equal(plain, guided) and set(rows) == {2}
+
+
+def test_the_head_watches_its_own_probabilities():
+    watch = []
+    _, order = sample.generate(small_model(head=True), ["sun"] * 3, "learned", watch=watch)
+    for step, (cells, value) in enumerate(watch):
+        torch.testing.assert_close(value.exp().sum(1), torch.ones(3))
+        assert torch.equal(cells.gather(1, value.argmax(1, keepdim=True))[:, 0], order[:, step])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and captions that a user gives
+
+
+def test_masks_by_name_on_hand_worked_grids():
+    read = lambda text, grid: sample.read_mask(text, None, grid[0] * 2, grid, 0)[::2, ::2].int().tolist()
+    assert read("left", (4, 4)) == [[1, 1, 0, 0]] * 4 and read("right", (4, 4)) == [[0, 0, 1, 1]] * 4
+    assert read("top", (3, 3)) == [[1] * 3, [0] * 3, [0] * 3]                  # a middle row belongs to no half
+    assert read("bottom", (3, 3)) == [[0] * 3, [0] * 3, [1] * 3]
+    assert read("center", (4, 4)) == [[0] * 4, [0, 1, 1, 0], [0, 1, 1, 0], [0] * 4]
+    assert read("center", (3, 3)) == [[0] * 3, [0, 1, 0], [0] * 3]
+    assert [sum(map(sum, read(f"random:{share}", (7, 7)))) for share in (0, 0.5, 1, "1.0", ".2")] == [0, 24, 49, 49, 10]
+    assert read("random:0.5", (7, 7)) == read("random:0.5", (7, 7))
+    for wrong in ("random:", "random:2", "random:half", "random:nan", "random:-1", "middle"):
+        with pytest.raises(UserError, match=wrong if wrong != "random:" else "random"):
+            read(wrong, (4, 4))
+
+
+def test_captions_come_from_the_command_line_and_from_files(tmp_path):
+    (tmp_path / "two.txt").write_bytes("\ufeffred sun\n\n  low\tsun \r\n".encode())
+    assert sample.read_captions([]) == [] and sample.read_captions([""]) == [""]
+    assert sample.read_captions(["sun", str(tmp_path / "two.txt"), ""]) == ["sun", "red sun", "low sun", ""]
+
+
+def test_numbers():
+    assert sample.numbers("-g ", "1.5", 0, 9, ":") == (1.5, 1.5) and sample.numbers("-g ", "0:3", 0, 9, ":") == (0, 3)
+    for wrong in ("", "a", "1:2:3", "-1", "10", "nan", "inf", "1x2", ":", "1:"):
+        with pytest.raises(UserError):
+            sample.numbers("-g ", wrong, 0, 9, ":")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
+
+def test_completing_keeps_all_pixels_outside_the_mask(studio, paint, tmp_path):
+    image = sunset_file(studio / "image.png")
+    odd = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    odd[:, :, 3:10, 5:6] = 255                                                 # not along the cells
+    sheet(odd, 1, gap=0).save(tmp_path / "mask.png")
+    for mask in ("right", "random:0.5", tmp_path / "mask.png"):
+        hidden = sample.read_mask(str(mask), (16, 16), 16, (4, 4), 0)
+        code, text, pages = paint("--complete", studio / "image.png", "--mask", mask, "--order", "random", "--animate", 0)
+        assert code == 0 and "warning" not in text, text
+        drawn = tiles_of(pages, "completed")
+        assert len(drawn) == 3 and torch.equal(drawn[:, :, ~hidden], image[:, ~hidden].expand(3, -1, -1))
+        assert len(drawn.unique(dim=0)) == 3                                   # three different completions
+        assert pages["completed"][1] == ["original", "given", "", "", ""]
+        assert torch.equal(tiles_of(pages, "completed", 0)[0], image)
+    assert hidden.sum() == 7
+
+
+def test_what_lies_under_the_mask_is_never_read(studio, paint, tmp_path):
+    image = sunset_file(studio / "image.png")
+    image[:, :, 8:] = torch.randint(256, (3, 16, 8), dtype=torch.uint8)
+    sheet(image[None], 1, gap=0).save(tmp_path / "scribbled.png")
+    one, two = (paint("--complete", path, "--mask", "right", "--animate", 0)[2]["completed"][0][1:]
+                for path in (studio / "image.png", tmp_path / "scribbled.png"))
+    assert torch.equal(one, two)
+
+
+def test_a_mask_of_nothing_returns_the_image_and_a_mask_of_everything_is_plain_sampling(studio, paint, tmp_path):
+    for value, name in ((0, "none"), (255, "all")):
+        Image.new("L", (16, 16), value).save(tmp_path / f"{name}.png")
+    image = studio / "image.png"
+    code, text, pages = paint("--complete", image, "--mask", tmp_path / "none.png")
+    assert code == 0 and torch.equal(tiles_of(pages, "completed"), sunset_file(image).expand(3, -1, -1, -1)), text
+    for order in ("inferred", "random"):
+        _, _, pages = paint("--complete", image, "--mask", tmp_path / "all.png", "--caption", "low sun", "--order", order)
+        _, _, plain = paint("--caption", "low sun", "--order", order)
+        assert torch.equal(tiles_of(pages, "completed"), tiles_of(plain, "samples", 0))
+        _, _, other = paint("--caption", "low sun", "--order", order, "--seed", 1)
+        assert not torch.equal(tiles_of(other, "samples", 0), tiles_of(plain, "samples", 0))
+
+
+def test_a_caption_edits_and_each_caption_has_its_images(studio, paint):
+    flags = ("--complete", studio / "image.png", "--mask", "center", "--animate", 0, "--guidance", "0:9", "--caption")
+    _, _, pages = paint(*flags, "low sun", "red")
+    assert pages["completed"][1] == ["original", "given"] + ["low sun"] * 3 + ["red"] * 3
+    _, _, other = paint(*flags, "red", "red")
+    first, second = tiles_of(pages, "completed"), tiles_of(other, "completed")
+    assert not torch.equal(first[:3], second[:3])                              # same dice, another caption
+
+
+def test_an_extended_canvas_holds_the_image_untouched(studio, paint):
+    image = sunset_file(studio / "image.png")
+    for factor, height, width in (("2x", 32, 32), ("2x1", 16, 32), ("1.5x", 24, 24), ("1x3", 48, 16)):
+        code, text, pages = paint("--complete", studio / "image.png", "--extend", factor, "--animate", 0, "--order", "random")
+        drawn = tiles_of(pages, "extended")
+        assert code == 0 and drawn.shape == (3, 3, height, width), text
+        top, left = ((side // 4 - 4) // 2 * 4 for side in (height, width))
+        assert torch.equal(drawn[:, :, top:top + 16, left:left + 16], image.expand(3, -1, -1, -1))
+    code, text, pages = paint("--extend", "2x1", "--animate", 0, "--order", "raster")          # without an image
+    assert code == 0 and tiles_of(pages, "extended", 0).shape == (3, 3, 16, 32), text
+
+
+def test_images_of_another_size_are_resized_with_a_warning(studio, paint, tmp_path):
+    sheet(render_sunset(7, 45)[0][None], 1, gap=0).save(tmp_path / "odd.png")
+    code, text, pages = paint("--complete", tmp_path / "odd.png", "--mask", "left", "--animate", 0, "--order", "raster")
+    assert code == 0 and text.startswith("warning: ") and "45x45" in text.splitlines()[0] and "16x16" in text.splitlines()[0]
+    image = data.read_image(tmp_path / "odd.png", 16)
+    assert torch.equal(tiles_of(pages, "completed")[:, :, :, 8:], image[:, :, 8:].expand(3, -1, -1, -1))
+    # a photo that lies on its side has the size that one sees
+    turned = Image.new("RGB", (20, 31), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert sample.read_picture(tmp_path / "turned.jpg", 16)[1] == (31, 20)
+
+
+def test_the_film_starts_with_what_is_given_and_ends_with_the_images(studio, paint):
+    _, _, pages = paint("--complete", studio / "image.png", "--mask", "right", "--why", 3)
+    film = Image.open(studio / "completed.gif")
+    assert film.n_frames == 9 and film.info["loop"] == 0                       # 8 free cells and the end
+    shown = tiles_of(pages, "completed")
+    film.seek(8)
+    last = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1).int()
+    at = lambda i: last[:, 2:130:8, 2 + 130 * i:130 * (i + 1):8]
+    assert all((at(i) - shown[i].int()).abs().float().mean() < 12 for i in range(3))           # as near as 256 colours allow
+    still = pages["completed_why"]
+    assert len(still[0]) == 3 and all(re.fullmatch(r"from -\d.* \(dark\) to -\d.* nats", label) for label in still[1])
+
+
+def test_the_brightest_free_cell_is_framed_and_drawn_next():
+    images, rank = torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.tensor([[[-1, 0], [1, 2]]])
+    hidden = torch.ones(16, 16).bool()
+    hidden[:8, :8] = False
+    scores = [(torch.tensor([[1, 2, 3]]), torch.tensor([[-1.0, -3.0, -2.0]])), (torch.tensor([[2, 3]]), torch.tensor([[-1.0, -2.0]])),
+              (torch.tensor([[3]]), torch.tensor([[-4.0]]))]
+    for step, next_cell in enumerate(((0, 1), (1, 0), (1, 1))):
+        shown = sample.thinking(images, hidden, rank, scores, step, 4)[0].int()                # [3, 64, 64]
+        assert (shown[:, :32, :32] == 0).all()                                 # what is given shows the image
+        middles = shown[:, 16::32, 16::32].sum(0)
+        assert (middles == middles.max()).nonzero().tolist() == [list(next_cell)]
+        frames = shown[:, ::32, ::32].sum(0)
+        assert (frames == 3 * 255).nonzero().tolist() == [list(next_cell)]
+    assert (sample.thinking(images, hidden, rank, scores, 3, 4) == 0).all()    # all drawn
+    grey = sample.thinking(images, hidden, rank, [], 0, 4)[0, :, 16::32, 16::32]
+    assert (grey.flatten(1)[:, 1:] == 150).all()                               # an order without scores
+
+
+def test_likelihood_prints_what_the_model_says(studio, paint):
+    code, text, pages = paint("--likelihood", studio / "image.png", "--caption", "", "low sun")
+    assert code == 0, text
+    model, tokenizer = small_model(), load_tokenizer(studio / "tokenizer.pt")
+    tokens = tokenizer.encode(to_float(sunset_file(studio / "image.png"))[None])
+    truth = [-model.log_probs(tokens, [caption], order).mean().item() for caption in ("", "low sun")
+             for order in (raster_order(1, 16), infer_orders(model, tokens, [caption]))]
+    found = [float(value) for value in re.findall(r"(?:raster|inferred) +(\d+\.\d+)", text)]
+    assert found == pytest.approx(truth, abs=6e-4)
+    assert len(pages["likelihood"][0]) == len(pages["likelihood"][1]) == 12
+    assert f"{math.log(16):.3f}" in text and "'low sun'" in text
+
+
+def test_pictures_are_written_with_their_labels(tmp_path):
+    tiles = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    sample.page(str(tmp_path / "new" / "a.png"), tiles, ["one", "a label of many words, more than three lines hold", "été \U0001f600"], 2)
+    plain = sheet(tiles, 2, gap=4 + 15 * 3)
+    written = Image.open(tmp_path / "new" / "a.png")
+    assert written.size == plain.size and written.tobytes() != plain.tobytes()
+
+
+@pytest.mark.parametrize("flags, needle", (
+    (("--mask", "left"), "--complete"),
+    (("--complete", "{image}"), "--mask"),
+    (("--complete", "nothing.png", "--mask", "left"), "nothing.png"),
+    (("--complete", "{text}", "--mask", "left"), "words.txt"),
+    (("--complete", "{image}", "--mask", "{small}"), "8x8"),
+    (("--complete", "{image}", "--mask", "middle"), "center"),
+    (("--complete", "{image}", "--mask", "{text}"), "words.txt"),
+    (("--complete", "{image}", "--mask", "random:7"), "random:7"),
+    (("--complete", "{image}", "--extend", "2y"), "2y"),
+    (("--extend", "0.5x"), "0.5"),
+    (("--extend", "99x"), "99"),
+    (("--guidance", "1:2:3"), "1:2:3"),
+    (("--guidance", "nan"), "nan"),
+    (("--caption", "{text}/no.txt"), "no.txt"),
+    (("--caption", "zebra"), "zebra"),
+    (("--why", 17), "16"),
+    (("--why", -1), "--why"),
+    (("--why", 3, "--order", "raster"), "raster"),
+    (("--animate", -1), "--animate"),
+    (("--likelihood", "{image}", "--extend", "2x"), "--likelihood"),
+    (("--likelihood", "{text}"), "words.txt"),
+))
+def test_what_sample_cannot_do_is_said_in_one_line(studio, paint, tmp_path, flags, needle):
+    (tmp_path / "words.txt").write_text("no image")
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    places = {"image": studio / "image.png", "text": tmp_path / "words.txt", "small": tmp_path / "small.png"}
+    code, text, pages = paint(*(str(flag).format(**places) for flag in flags))
+    last = text.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and needle in last and not pages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stop and go on; more than one process
+
+STAGES = {"anyorder": ("--steps", 6, "--batch", 8, "--width", 32, "--layers", 2), "finetune": ("--steps", 6, "--batch", 8),
+          "order_infer": ()}
+RESULT = {"anyorder": "anyorder.pt", "finetune": "ordered.pt", "order_infer": "orders.pt"}
+FRESH = {"anyorder": ("tokenizer.pt", "tokens.pt"), "order_infer": ("tokenizer.pt", "tokens.pt", "anyorder.pt"),
+         "finetune": ("tokenizer.pt", "tokens.pt", "anyorder.pt", "orders.pt")}
+
+
+def tensors_of(path):
+    """All tensors of a .pt, whatever their depth, without the seconds that differ from run to run."""
+    def walk(value, name):
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            for key in value:
+                yield from walk(value[key], f"{name}.{key}")
+    return dict(walk(torch.load(path, weights_only=True), ""))
+
+
+def same(a, b):
+    a, b = tensors_of(a), tensors_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def start_of(stage, chain, folder):
+    """A copy of the chain's folder with all that `stage` needs and none of what it writes."""
+    folder.mkdir()
+    for name in FRESH[stage]:
+        shutil.copy(chain[1] / name, folder)
+    return folder
+
+
+class StopAfter(list):
+    """Stands for Ctrl-C after so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __bool__(self):                                # asked once or twice a step
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, chain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(order_infer, "images_at_once", lambda model: 8)
+    whole, parts = (start_of(stage, chain, tmp_path / name) for name in ("whole", "parts"))
+    assert call(monkeypatch, capsys, stage, "--out", whole, *STAGES[stage])[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(stage), "on_interrupt", lambda: StopAfter(5))
+        code, printed = call(patch, capsys, stage, "--out", parts, *STAGES[stage])
+    assert code == 130 and "--resume goes on from" in printed
+    assert len(list(parts.glob("*_resume.pt"))) == 1
+    code, printed = call(monkeypatch, capsys, stage, "--out", parts, *STAGES[stage], "--resume")
+    assert code == 0, printed
+    assert same(whole / RESULT[stage], parts / RESULT[stage]) and not list(parts.glob("*_resume.pt"))
+
+
+def test_resume_refuses_other_settings(chain, tmp_path, monkeypatch, capsys):
+    out = start_of("anyorder", chain, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(anyorder, "on_interrupt", lambda: StopAfter(3))
+        assert call(patch, capsys, "anyorder", "--out", out, *STAGES["anyorder"])[0] == 130
+    before = files_of(out)
+    code, printed = call(monkeypatch, capsys, "anyorder", "--out", out, *STAGES["anyorder"], "--lr", 0.1, "--resume")
+    assert code == 2 and "another lr" in printed and files_of(out) == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_remedy(chain, tmp_path, monkeypatch, capsys):
+    out = start_of("anyorder", chain, tmp_path / "out")
+    before, whole = files_of(out), AnyOrder.forward
+    monkeypatch.setattr(AnyOrder, "forward", lambda *a: (whole(*a)[0] * math.nan, None))
+    code, printed = call(monkeypatch, capsys, "anyorder", "--out", out, *STAGES["anyorder"])
+    assert code == 2 and "at step 0" in printed and "--lr" in printed and files_of(out) == before
+
+
+def test_models_and_orders_of_other_tokens_are_refused(chain, tmp_path, monkeypatch, capsys):
+    pictures, out, _ = chain
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    file = torch.load(other / "tokens.pt", weights_only=True)
+    file["tokens"] = file["tokens"].flip(0)
+    data.save(other / "tokens.pt", file)
+    for stage in ("order_infer", "finetune"):
+        before = files_of(other)
+        code, printed = call(monkeypatch, capsys, stage, "--out", other)
+        assert code == 2 and "another tokens.pt" in printed and files_of(other) == before
+
+
+def test_two_processes_train_like_one(chain, tmp_path):
+    one, two = (start_of("anyorder", chain, tmp_path / name) for name in ("one", "two"))
+    command("anyorder", "--out", one, "--device", "cpu", *STAGES["anyorder"])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                           str(HERE / "anyorder.py"), "--out", str(two), "--device", "cpu",
+                           *map(str, STAGES["anyorder"])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("16 codes") == 1          # rank 0 alone prints
+    a, b = (tensors_of(folder / "anyorder.pt") for folder in (one, two))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+@slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(stage, chain, tmp_path):
+    """SIGKILL at 20 random moments of a run that saves after every step; whatever is on the disk then can be resumed."""
+    program = (f"import sys, data, order_infer, {stage}; {stage}.SAVE_EVERY = 0; order_infer.images_at_once = lambda m: 2; "
+               f"sys.argv[0] = '{stage}.py'; data.run({stage}.main)")
+    flags = [str(flag) for flag in STAGES[stage]]
+    run = lambda out, *more: subprocess.Popen([sys.executable, "-c", program, "--out", str(out), *flags, *more], cwd=HERE,
+                                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    whole = start_of(stage, chain, tmp_path / "whole")
+    started = time.time()
+    assert run(whole).wait() == 0
+    seconds, random = time.time() - started, torch.Generator().manual_seed(0)
+    out, kills = start_of(stage, chain, tmp_path / "out"), 0
+    while kills < 20:
+        process = run(out, *["--resume"] * any(out.glob("*_resume.pt")))
+        try:
+            process.wait(seconds * (0.3 + 0.7 * torch.rand((), generator=random).item()))
+            assert process.returncode == 0, process.stderr.read()
+            assert same(whole / RESULT[stage], out / RESULT[stage])        # done before it was killed: begin again
+            shutil.rmtree(out)
+            start_of(stage, chain, out)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        for file in out.glob("*.pt"):
+            torch.load(file, weights_only=True)        # never half a file
+    assert run(out, *["--resume"] * any(out.glob("*_resume.pt"))).wait() == 0
+    assert same(whole / RESULT[stage], out / RESULT[stage])
