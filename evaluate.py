@@ -159,7 +159,7 @@ def load_lpips(backbone, linear, device="cpu"):
     (`linear`). Strict, since a missing or additional weight would give plausible, wrong distances: UserError."""
     net = AlexNet()
     shapes = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
-    for path, what in ((backbone, "the weights of torchvision's alexnet"), (linear, "LPIPS' linear weights v0.1 for alexnet")):
+    for path, what in ((backbone, "torchvision's alexnet"), (linear, "the linear weights of LPIPS v0.1 for alexnet")):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if path == backbone:
@@ -208,7 +208,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(4 * w, len(config["classes"]))
 
     def activations(self, images):
-        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]. Larger ones are first averaged down to 64 pixels."""
+        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]; beyond 64 pixels they are averaged down to 64."""
         x, out = images if images.shape[-1] <= 64 else F.adaptive_avg_pool2d(images, 64), []
         for conv in self.convs:
             x = F.relu(conv(x))
@@ -275,11 +275,11 @@ def corrupted(images, how, strength, chance):
         x = F.pad(x, (reach,) * 4, mode="replicate")
         return to_uint8(F.conv2d(F.conv2d(x, bell[:, :, None], groups=3), bell[..., None], groups=3))
     side = S // 4
-    patches = x[..., :4 * side, :4 * side].unfold(2, side, side).unfold(3, side, side).flatten(2, 3).transpose(1, 2).clone()
-    who = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]         # these pass places around
-    row = torch.arange(B)[:, None]
-    patches[row, who] = patches[row, who.roll(1, 1)]                       # [B, 16, 3, side, side]
-    x[..., :4 * side, :4 * side] = patches.view(B, 4, 4, 3, side, side).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, 4 * side, -1)
+    patches = F.unfold(x[..., :4 * side, :4 * side], side, stride=side)    # [B, 3 * side * side, 16]
+    place = torch.arange(16).repeat(B, 1)
+    who = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]
+    patches = patches.gather(2, place.scatter(1, who, who.roll(1, 1))[:, None].expand_as(patches))
+    x[..., :4 * side, :4 * side] = F.fold(patches, 4 * side, side, stride=side)
     return to_uint8(x)
 
 
@@ -333,7 +333,8 @@ def drawn_before(rank, labels, first, second, rows, cols):
     """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance, None
     without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
     step = F.interpolate(rank.view(-1, 1, rows, cols).double(), size=labels.shape[1:])[:, 0]
-    time1, time2 = ((step * m).sum((1, 2)) / m.sum((1, 2)) for m in (labels == SUNSET_LABELS.index(n) for n in (first, second)))
+    masks = (labels == SUNSET_LABELS.index(name) for name in (first, second))
+    time1, time2 = ((step * mask).sum((1, 2)) / mask.sum((1, 2)) for mask in masks)
     both = ~(time1 + time2).isnan()                    # 0 / 0 where a thing is missing
     return ((time1 < time2).double() + (time1 == time2) / 2)[both].mean().item() if both.any() else None
 
@@ -346,15 +347,15 @@ def open_rows(texts, out, tokenizer, device):
     """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, policy)], all checked before anything is computed.
     Without texts: the models in `out`. UserError for models of different tokenizers, and orders a model does not know."""
     names = [os.path.join(out, f"{name}.pt") for name in ("raster", "anyorder", "ordered_raster", "ordered_class", "ordered")]
-    rows, opened, checked = [], {}, f"{printable(out)}/tokenizer.pt"
-    for text in texts or [name for name in names if os.path.exists(name)]:
+    rows, opened = [], {}
+    for text in texts or filter(os.path.exists, names):
         path, _, order = text.rpartition(":")          # from the right: C:\out\raster.pt is a path
         path, order = (path, order) if order in (*ORDERS, "frozen") else (text, None)
         opened[path] = model = opened.get(path) or load_model(path, device)
         about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
         if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
-            raise UserError(f"{printable(path)} was trained with another tokenizer than {checked}, and figures of different "
-                            f"tokens do not compare: run python anyorder.py --out {printable(out)}")
+            raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt, and "
+                            "figures of different tokens do not compare: run python anyorder.py again")
         for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
             policy = None
             if order == "frozen":
@@ -362,7 +363,7 @@ def open_rows(texts, out, tokenizer, device):
                 opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
                 if fingerprint(policy.state_dict()) != about["made_from"].get("model"):
                     raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
-            if (order == "learned" and not model.config["order_head"]) or (order == "class" and "caption_rank" not in about):
+            if {"learned": not model.config["order_head"], "class": "caption_rank" not in about}.get(order):
                 raise UserError(f"{printable(path)} knows no {order} order: run python finetune.py and name what it writes")
             rows.append((f"{stem}:{order}", model, order, policy))
     if not rows:
@@ -466,11 +467,12 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
 
 def table(results, columns):
     """Dicts as aligned text, one line each; columns = {key: (heading, format)}. What no row has is left out."""
-    columns = {key: value for key, value in columns.items() if any(row.get(key) is not None for row in results)}
-    lines = [["", *(heading for heading, _ in columns.values())]]
-    lines += [[row["name"], *("-" if row.get(k) is None else format(row[k], f) for k, (_, f) in columns.items())] for row in results]
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(wide[0])] + [cell.rjust(w) for cell, w in zip(line[1:], wide[1:])]) for line in lines)
+    stacks = [["", *(row["name"] for row in results)]]                     # column by column, each padded to one width
+    for key, (heading, form) in columns.items():
+        if any(row.get(key) is not None for row in results):
+            stacks.append([heading, *("-" if row.get(key) is None else format(row[key], form) for row in results)])
+    stacks = [[f"{cell:{'>' if i else '<'}{max(map(len, stack))}}" for cell in stack] for i, stack in enumerate(stacks)]
+    return "\n".join("  ".join(line) for line in zip(*stacks))
 
 
 def draw_bars(results, columns, path):
@@ -481,7 +483,8 @@ def draw_bars(results, columns, path):
     pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(19)
     for p, key in enumerate(keys):
         left, top = 20 + p % 2 * wide, 12 + p // 2 * high
-        pen.text((left, top), columns[key][0] + (", higher is better" if key in ("precision", "recall", "class_seen") else ""), "black", bold)
+        better = "higher" if key in ("precision", "recall", "class_seen") else "lower"
+        pen.text((left, top), f"{columns[key][0]} ({better} is better)", "black", bold)
         most = max([abs(row[key]) for row in results if row.get(key) is not None] + [1e-9])
         for y, row in zip(range(top + 30, top + high, 26), results):
             pen.text((left, y), row["name"][:26], "black", font)

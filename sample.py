@@ -202,8 +202,8 @@ def spread(value, known, reach):
 
 def compose(drawn, picture, hidden, reach):
     """drawn float [B, 3, H, W], picture uint8 [3, H, W] -> uint8 [B, 3, H, W]: the picture where not `hidden` [H, W],
-    bit for bit. Where hidden, the drawing, shifted in colour to meet the picture at the edge of the mask: by what the
-    tokenizer gets wrong at the kept pixels nearby, fading by a factor e every `reach` pixels away from the edge."""
+    bit for bit. Where hidden, the drawing, shifted in colour to meet the picture at the edge of the mask: by how much
+    the two differ at the kept pixels nearby, fading by a factor e every `reach` pixels away from the edge."""
     shift, share = spread(to_float(picture) - drawn, ~hidden, reach)
     return torch.where(hidden, to_uint8(drawn + shift * (2 * share).clamp(max=1)), picture)
 
@@ -277,9 +277,8 @@ def page(path, tiles, labels, columns):
 
 
 def thinking(images, hidden, rank, scores, step, scale):
-    """uint8 images [n, 3, H, W] as they look after `step` steps, enlarged. A free cell is a small square, from dark for
-    the lowest score in its image to bright for the highest, grey without a score; the next one is framed. hidden as in
-    `compose`, scores as from `fill`, rank [n, R, C], below 0 where given."""
+    """uint8 images [n, 3, H, W] after `step` steps, enlarged. A free cell is a small square, dark for the lowest score in
+    its image to bright for the highest, grey without one; the next is framed. rank [n, R, C] is below 0 where given."""
     colour = torch.full((len(rank), 3, *rank.shape[1:]), 150, dtype=torch.uint8)
     if 0 <= step < len(scores):
         cells, value = (part[:len(rank)] for part in scores[step])
@@ -397,11 +396,13 @@ def main():
     columns = lambda n: max(1, n * size // (C * side))                         # n images, fewer if they are larger
     maps = torch.where(hidden, order_maps(rank * (R * C - 1) / max(1, F - 1), R, C, R * side), 225)
     page(stem + "_order.png", grow(maps, scale), captions, columns(8))
-    tiles, labels, rank = grow(images, scale), captions, rank.view(-1, R, C)
+    tiles, labels, rank, across = grow(images, scale), captions, rank.view(-1, R, C), 8
     if args.complete:                                                          # step -1: no cell is framed
         given = thinking(canvas[None], hidden, rank[:1], [], -1, scale)
-        tiles, labels = torch.cat((grow(canvas[None], scale), given, tiles)), ["original", "given", *captions]
-    page(stem + ".png", tiles, labels, columns(5 if args.complete else 8))
+        tiles = torch.cat([part for some in tiles.split(args.n) for part in (grow(canvas[None], scale), given, some)])
+        labels = [text for caption in captions[::args.n] for text in ["original", "given"] + [caption] * args.n]
+        across = args.n + 2 if args.n < 7 else (args.n + 3) // 2               # each caption begins a row
+    page(stem + ".png", tiles, labels, columns(across))
     print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
           + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
     across, few = columns(4), (images[:2 * columns(4)], hidden, rank[:2 * columns(4)], scores)
@@ -411,8 +412,7 @@ def main():
             frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
                            duration=[round(1000 * args.animate / len(frames))] * (len(frames) - 1) + [2000])
     if args.why:
-        score = scores[args.why - 1][1][:2 * across]
-        labels = [f"from {value.min():.2f} (dark) to {value.max():.2f} nats" for value in score]
+        labels = [f"from {v.min():.2f} (dark) to {v.max():.2f} nats" for v in scores[args.why - 1][1][:len(few[0])]]
         page(stem + "_why.png", thinking(*few, args.why - 1, scale), labels, across)
 
 
