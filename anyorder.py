@@ -503,7 +503,7 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("random", "raster"), default="random",
                         help="random: any given order; raster: the baseline that draws left to right, top to bottom")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default 1200)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 0.0015)")
     parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32 (default 128)")

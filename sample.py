@@ -277,8 +277,8 @@ def page(path, tiles, labels, columns):
 
 
 def thinking(images, hidden, rank, scores, step, scale):
-    """uint8 images [n, 3, H, W] after `step` steps, enlarged. A free cell is a small square, dark for the lowest score in
-    its image to bright for the highest, grey without one; the next is framed. rank [n, R, C] is below 0 where given."""
+    """uint8 images [n, 3, H, W] after `step` steps, enlarged. Free cells are squares, dark for the lowest score in
+    their image to bright for the highest, grey without; the next is framed. rank [n, R, C] is below 0 where given."""
     colour = torch.full((len(rank), 3, *rank.shape[1:]), 150, dtype=torch.uint8)
     if 0 <= step < len(scores):
         cells, value = (part[:len(rank)] for part in scores[step])
