@@ -287,8 +287,8 @@ def thinking(images, hidden, rank, scores, step, scale):
         colour.flatten(2).scatter_(2, cells[:, None].expand_as(shade), shade)
     side = scale * images.shape[2] // rank.shape[1]                            # of a cell
     inside = (torch.arange(side) - (side - 1) / 2).abs() < 0.35 * side
-    square = torch.where((inside[:, None] & inside).repeat(rank.shape[1:]), grow(colour, side),
-                         torch.where(grow(rank[:, None] == step, side), 255, 60))
+    frame = torch.where(grow(rank[:, None] == step, side), torch.tensor([0, 220, 255]).view(3, 1, 1), 60)
+    square = torch.where((inside[:, None] & inside).repeat(rank.shape[1:]), grow(colour, side), frame)
     drawn = grow(rank[:, None] < step, side) | ~grow(hidden, scale)
     return torch.where(drawn, grow(images, scale), square).to(torch.uint8)
 
@@ -342,7 +342,7 @@ def main():
     if args.likelihood and (args.complete or args.extend or args.why):
         raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend and --why")
     guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
-    wide, high = numbers("--extend ", args.extend.removesuffix("x") or "1", 1, 8, "x")
+    wide, high = numbers("--extend ", args.extend.removesuffix("x"), 1, 8, "x") if args.extend else (1, 1)
     device = pick_device(args.device)
     paths = [os.path.join(args.out, name + ".pt") for name in ("ordered", "anyorder", "raster")]
     path = args.model or next(filter(os.path.exists, paths), paths[0])

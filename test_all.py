@@ -1473,7 +1473,7 @@ def test_kernel_distance_agrees_with_loops_and_is_unbiased():
 
 
 def test_precision_and_recall_agree_with_loops():
-    real, drawn = features_like(23, 3, 7), features_like(17, 3, 8) + 0.8
+    real, drawn = features_like(23, 3, 7), features_like(17, 3, 8) + 0.3
     gap = lambda x, y: math.dist(x.tolist(), y.tolist())
 
     def share(points, centres):
@@ -1614,7 +1614,7 @@ def test_the_judge_is_repeatable_and_valid_on_sunsets():
     for how in ("noise", "blur", "shuffle"):
         one, two, three = report[how]
         assert report["real"] < one < two < three
-    assert report["ok"] == (report["ratio"] >= 20) and report["ratio"] > 10
+    assert report["ok"] == (report["ratio"] >= 20)                         # so tiny a judge may not be good enough; it says so
     assert report == evaluate.validate_judge(lambda x: judge.features(to_float(x)), images)
     blind = evaluate.validate_judge(lambda x: to_float(x).mean((2, 3)), images)            # mean colours see no shuffling
     assert not blind["ok"]
@@ -2068,7 +2068,7 @@ def test_a_mask_of_nothing_returns_the_image_and_a_mask_of_everything_is_plain_s
 def test_a_caption_edits_and_each_caption_has_its_images(studio, paint):
     flags = ("--complete", studio / "image.png", "--mask", "center", "--animate", 0, "--guidance", "0:9", "--caption")
     _, _, pages = paint(*flags, "low sun", "red")
-    assert pages["completed"][1] == ["original", "given"] + ["low sun"] * 3 + ["red"] * 3
+    assert pages["completed"][1] == ["original", "given"] + ["low sun"] * 3 + ["original", "given"] + ["red"] * 3
     _, _, other = paint(*flags, "red", "red")
     first, second = tiles_of(pages, "completed"), tiles_of(other, "completed")
     assert not torch.equal(first[:3], second[:3])                              # same dice, another caption

@@ -343,7 +343,7 @@ def resume_path(out):
     return os.path.join(out, "tokenizer_resume.pt")
 
 
-def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, steps=2000, batch=8, limit=0, seed=0,
+def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=256, steps=1200, batch=8, limit=0, seed=0,
                 device="", resume=False):
     """Train a tokenizer, encode all images, write tokenizer.pt, tokens.pt and reconstructions.png to `out`; returns
     the Tokenizer. The arguments are the flags. UserError, before anything is written, if one makes no sense."""
@@ -401,7 +401,7 @@ def check(size, downsample, codebook, steps, batch, limit):
         raise UserError(f"--size {size} is not divisible by --downsample {downsample}: take --size "
                         f"{max(1, round(size / downsample)) * downsample}")
     if not 2 <= codebook <= 65536:
-        raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 512")
+        raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 256")
     if steps < 1 or batch < 1 or limit < 0:
         raise UserError(f"--steps {steps} --batch {batch} --limit {limit}: expected at least 1, 1 and 0")
 
@@ -410,12 +410,15 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--downsample", type=int, default=4, help="pixels per side of a token's cell, a power of two")
-    parser.add_argument("--codebook", type=int, default=512, help="number of different tokens, V")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--codebook", type=int, default=256, help="number of different tokens, V")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="images per training step")
     parser.add_argument("--limit", type=int, default=0, help="use only the first so many training images; 0 takes all")
     parser.add_argument("--resume", action="store_true", help="go on where a stopped run of the same command left off")
-    make_tokens(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    make_tokens(data=args.data, out=args.out, size=args.size, downsample=args.downsample, codebook=args.codebook,
+                steps=args.steps, batch=args.batch, limit=args.limit, seed=args.seed, device=args.device,
+                resume=args.resume)
 
 
 if __name__ == "__main__":
