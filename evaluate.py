@@ -18,7 +18,7 @@ distance ranks models on one data set; it is never called FID. `--inception` tak
 reads    models (.pt of anyorder.py and finetune.py), out/tokenizer.pt, the images
 writes   out/judge.pt, out/results.json, out/results.png (main figures as bars), out/compare.png (the same captions drawn
          in each order, with the orders)
-run      python evaluate.py                                            MEASURED
+run      python evaluate.py                                            all models in out/, 500 images each
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
 you see  the table, and below it whether the judge can be trusted
 not here training the models (anyorder.py, finetune.py); what people think of the images

@@ -19,7 +19,7 @@ it will prefer other orders than those it has just specialised in.)
     raster     left to right, top to bottom: the control that any other order has to beat       out/ordered_raster.pt
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
-run      python finetune.py                        MEASURED
+run      python finetune.py                        2.5 minutes on two CPU cores
 you see  the held-out loss in nats per token, in the orders of the validation images, fall below anyorder.pt's
 not here sampling (sample.py), comparing the orders (evaluate.py)
 """

@@ -17,7 +17,7 @@ For a training image the content is known (teacher forcing) and only the locatio
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
-run      python order_infer.py                     MEASURED
+run      python order_infer.py                     4,512 images in 7 minutes on two CPU cores
 you see  the mean order as a colour map (dark first, bright last), and images as they appear in their own order
 not here drawing new images in an inferred order (sample.py), learning from the orders (finetune.py)
 """

@@ -12,7 +12,7 @@ hidden inside the mask only (`compose`). What lies under the mask is never read.
 reads    a model (out/ordered.pt, out/anyorder.pt or out/raster.pt) and out/tokenizer.pt
 writes   out/samples.png (or completed, extended), the same with _order (dark first, grey was given), and a .gif: images
          draw themselves; small squares are free cells, the brighter the sooner, and the framed one comes next
-run      python sample.py --caption "low red sun on the left two clouds"    MEASURED; with --why 20 a still of step 20
+run      python sample.py --caption "low red sun on the left two clouds"    8 s; with --why 20 a still of step 20
          python sample.py --complete photo.png --mask right                 eight ways to go on
          python sample.py --complete photo.png --mask hat.png --caption sun a sun where hat.png is white
          python sample.py --complete photo.png --extend 3x1                 what is left and right of it
