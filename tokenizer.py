@@ -330,11 +330,12 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
             if (step + 1) % max(steps // 4, 100) == 0:
-                tokens, _, quality = read(model, dataset, look, compare=True)
+                quality = read(model, dataset, look, compare=True)[2]
                 tqdm.write(f"step {step + 1:,}: validation PSNR {quality:.2f} dB")
             if time.time() - saved_at > SAVE_EVERY:
-                save(path, dict(kind="tokenizer_resume", version=1, config=asked, made_from=dict(data=dataset.fingerprint),
-                                step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict()))
+                save(path, dict(kind="tokenizer_resume", version=1, config=asked, step=step + 1,
+                                made_from=dict(data=dataset.fingerprint), model=model.state_dict(),
+                                optimizer=optimizer.state_dict()))
                 saved_at = time.time()
     return model
 
@@ -343,7 +344,7 @@ def resume_path(out):
     return os.path.join(out, "tokenizer_resume.pt")
 
 
-def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=256, steps=1200, batch=8, limit=0, seed=0,
+def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, steps=2000, batch=8, limit=0, seed=0,
                 device="", resume=False):
     """Train a tokenizer, encode all images, write tokenizer.pt, tokens.pt and reconstructions.png to `out`; returns
     the Tokenizer. The arguments are the flags. UserError, before anything is written, if one makes no sense."""
@@ -362,7 +363,8 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=256, 
     tokens, captions, _ = read(model, images, list(range(n)), "encoding")
     split = torch.tensor([1 if i in held else 0 for i in range(n)] + [2] * len(test), dtype=torch.uint8)
     used, perplexity = usage(tokens[split[:n] == 0], codebook)
-    print(f"{used} of {codebook} codes in use ({used / codebook:.0%}), perplexity {perplexity:.0f}, over the training images")
+    print(f"{used} of {codebook} codes in use ({used / codebook:.0%}), perplexity {perplexity:.0f}, "
+          "over the training images")
     shown, pick, which = images, sorted(held) or learn, "validation"
     if len(test):
         shown, pick, which = test, list(range(len(test))), "test"
@@ -380,7 +382,8 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=256, 
                                                  model=model.state_dict()))
     save(os.path.join(out, "tokens.pt"), dict(
         kind="tokens", version=1, made_from=dict(made_from, tokenizer=model.fingerprint),
-        config=dict(rows=model.rows, cols=model.cols, codebook=codebook, size=size, downsample=downsample, data=str(data)),
+        config=dict(rows=model.rows, cols=model.cols, codebook=codebook, size=size, downsample=downsample,
+                    data=str(data)),
         tokens=tokens.to(small), captions=names, split=split,
         caption_index=torch.tensor([place[caption] for caption in captions], dtype=torch.int32)))
     some = to_float(torch.stack([shown[i][0] for i in pick[::max(1, len(pick) // 32)][:32]])).to(device)
@@ -389,7 +392,8 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=256, 
     if os.path.exists(resume_path(out)):
         os.remove(resume_path(out))
     print(f"wrote tokenizer.pt, tokens.pt, reconstructions.png to {printable(out)} in {time.time() - began:.0f} s, "
-          f"{took:.0f} s of them training\nnext: python anyorder.py" + (f" --out {printable(out)}" if out != "out" else ""))
+          f"{took:.0f} s of them training\nnext: python anyorder.py"
+          + (f" --out {printable(out)}" if out != "out" else ""))
     return model
 
 
@@ -410,8 +414,8 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--downsample", type=int, default=4, help="pixels per side of a token's cell, a power of two")
-    parser.add_argument("--codebook", type=int, default=256, help="number of different tokens, V")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
+    parser.add_argument("--codebook", type=int, default=512, help="number of different tokens, V")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="images per training step")
     parser.add_argument("--limit", type=int, default=0, help="use only the first so many training images; 0 takes all")
     parser.add_argument("--resume", action="store_true", help="go on where a stopped run of the same command left off")
