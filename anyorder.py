@@ -24,9 +24,10 @@ not here choosing an order (order_infer.py), learning from it (finetune.py), gui
 """
 
 import difflib
+import itertools
 import math
 import os
-import signal
+import sys
 import time
 
 import torch
@@ -37,7 +38,8 @@ from PIL import Image, ImageDraw
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from data import UserError, arguments, fingerprint, load, open_data, pick_device, run, save, sheet, words_of
+from data import (UserError, arguments, fingerprint, load, on_interrupt, open_data, pick_device, restore, run, save,
+                  save_picture, sheet, words_of)
 from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, load_tokens, make_tokens, seeded
 
 HEAD = 32           # channels per attention head
@@ -176,7 +178,9 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     softmax over T + 1 keys; the prefix is never copied and there is no mask. For inference: no backward pass.
     """
     (B, heads, C, d), T = q.shape, prefix_k.shape[2]
-    out, scale, step = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5, max(1, TILE // (heads * C * max(1, T)))
+    if T == 0:
+        return v.clone()                                                   # each has only itself to attend to
+    out, scale, step = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5, max(1, TILE // (heads * C * T))
     for i in range(0, B, step):
         some = slice(i, i + step)
         qt, kt, vt, past_k, past_v = (x[some].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))
@@ -306,14 +310,16 @@ class AnyOrder(nn.Module):
 
 
 class Drawing:
-    """B images being drawn: the model with its key/value cache, one cell at a time. The cached twin of `forward`.
+    """B images being drawn: the model with its key/value cache. The cached twin of `forward`.
 
         drawing = Drawing(model, words)             words [B, L] from model.read(captions)
         logits = drawing.look(cells)                cells [B, C]: what would be drawn there? -> [B, C, V]; changes nothing
-        drawing.place(choice, token)                of the cells just looked at, take number choice[b], draw token[b]
+        drawing.place(choice, token)                of the cells just looked at, take numbers choice [B, n], draw token [B, n]
 
     The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
-    attends to it and to itself, and only the keys and values of the chosen one are kept.
+    attends to it and to itself, and only the keys and values of the chosen one are kept. One cell is placed at a time,
+    or several (n > 1), which then come after one another as if they had been drawn so: the next look first runs the inputs
+    that lead from each of them to the next, all in the same pass.
     """
 
     def __init__(self, model, words):
@@ -329,27 +335,38 @@ class Drawing:
             self.k[i, :, :, :L], self.v[i, :, :, :L] = k, v
             x = block.merge(x, fused_attention(q, k, v))
         self.before = model.norm(x)[:, -1:]                                # [B, 1, D], the output of the last step
-        self.cell = words.new_full((B,), model.N)                          # nothing is drawn yet, nowhere
-        self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell[:, None])
+        self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
+        self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
+        self.waiting = self.drawn[:, :0]                                   # [B, n - 1, D], inputs that the cache lacks
 
     def look(self, cells):
-        x = self.drawn + self.model.embed_next(self.cell[:, None], cells)  # [B, C, D]
-        self.cells, self.offered = cells, []
+        x = torch.cat((self.waiting, self.drawn + self.model.embed_next(self.cell, cells)), 1)      # [B, w + C, D]
+        w = self.waiting.shape[1]
+        past, self.t = slice(self.t, self.t + w), self.t + w
+        self.cells, self.offered, self.waiting = cells, [], self.waiting[:, :0]
         for i, block in enumerate(self.model.blocks):
-            q, k, v = block.split(x)                                       # [B, heads, C, d]
-            x = block.merge(x, candidate_attention(q, k, v, self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]))
-            self.offered.append((k, v))
-        self.after = self.model.norm(x)                                    # [B, C, D]
+            q, k, v = block.split(x)                                       # [B, heads, w + C, d]
+            self.k[i, :, :, past], self.v[i, :, :, past] = k[:, :, :w], v[:, :, :w]
+            old_k, old_v = self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]
+            y = candidate_attention(q[:, :, w:], k[:, :, w:], v[:, :, w:], old_k, old_v)
+            if w:                                                          # these see the cache, and each other backwards
+                seen = torch.ones(w, self.t, dtype=torch.bool, device=x.device).tril(self.t - w)
+                y = torch.cat((F.scaled_dot_product_attention(q[:, :, :w], old_k, old_v, attn_mask=seen), y), 2)
+            x = block.merge(x, y)
+            self.offered.append((k[:, :, w:], v[:, :, w:]))
+        self.after = self.model.norm(x[:, w:])                             # [B, C, D]
         return self.model.head(self.after)
 
     def place(self, choice, token):
-        row = torch.arange(len(choice), device=choice.device)
+        row, first = torch.arange(len(choice), device=choice.device), choice[:, 0]
         for i, (k, v) in enumerate(self.offered):
-            self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k[row, :, choice], v[row, :, choice]
+            self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k[row, :, first], v[row, :, first]
         self.t += 1
-        self.before = self.after[row, choice][:, None]
-        self.cell = self.cells[row, choice]
-        self.drawn = self.model.embed_drawn(token, self.cell)[:, None]     # [B, 1, D]
+        self.before = self.after[row, choice[:, -1]][:, None]
+        cells = self.cells.gather(1, choice)                               # [B, n]
+        drawn = self.model.embed_drawn(token, cells)                       # [B, n, D]
+        self.waiting = drawn[:, :-1] + self.model.embed_next(cells[:, :-1], cells[:, 1:])
+        self.cell, self.drawn = cells[:, -1:], drawn[:, -1:]
 
     def next_location(self):
         """The order head's logits for the next cell, drawn ones included: [B, N]."""
@@ -362,12 +379,12 @@ def draw(model, captions, order, generator=None):
     to it."""
     drawing = Drawing(model, model.read(captions))
     tokens = torch.empty_like(order)
-    first = order.new_zeros(len(order))
+    first = order.new_zeros(len(order), 1)
     for cell in order.split(1, dim=1):                                     # [B, 1]
         p = drawing.look(cell)[:, 0].float().softmax(-1)
         token = torch.multinomial(p, 1, generator=generator)
         tokens.scatter_(1, cell, token)
-        drawing.place(first, token[:, 0])
+        drawing.place(first, token)
     return tokens
 
 
@@ -382,24 +399,37 @@ def learning_rate(step, steps, peak):
 
 
 def join(device):
-    """(rank, processes), joined through torchrun's variables where it started us, else (0, 1)."""
+    """(rank, processes), joined through torchrun's variables where it started us, else (0, 1). Rank 0 alone prints."""
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
+        if device.type == "cuda":                                          # from here on "cuda" is this process's own
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise UserError(f"more processes than GPUs: torchrun --nproc_per_node={torch.cuda.device_count()}")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
 
 
-def on_interrupt():
-    """A list that the first Ctrl-C fills: finish the step, save, leave. The second one leaves at once."""
-    asked = []
+def interrupted(asked, device):
+    """Whether Ctrl-C was pressed, in any process: all have to leave after the same step, or some would wait for ever."""
+    if not dist.is_initialized():
+        return bool(asked)
+    some = torch.tensor(int(bool(asked)), device=device)
+    dist.all_reduce(some)
+    return bool(some)
 
-    def handler(*_):
-        asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, handler)
-    return asked
+def in_turn(parts):
+    """Of a list that the processes share out, each has made items rank, rank + world, ...: the whole list, for all.
+    With two processes, of ["a", "c"] and ["b"] comes ["a", "b", "c"]."""
+    if not dist.is_initialized():
+        return parts
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, parts)
+    return [part for turn in itertools.zip_longest(*every) for part in turn if part is not None]
 
 
 def precision(device):
@@ -409,12 +439,12 @@ def precision(device):
         return torch.float32
     times = []
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, device=device, dtype=dtype)
-        for _ in range(3):                                                 # the last try counts, the first ones warm up
+        a, tries = torch.ones(256, 256, device=device, dtype=dtype), []
+        for _ in range(5):                                                 # the best counts: others may use the machine
             start = time.perf_counter()
             (a @ a).sum().item()
-            spent = time.perf_counter() - start
-        times.append(spent)
+            tries.append(time.perf_counter() - start)
+        times.append(min(tries))
     return torch.bfloat16 if times[1] < times[0] else torch.float32
 
 
@@ -457,16 +487,16 @@ def load_model(path, device="cpu"):
     """An AnyOrder in eval mode from a .pt of anyorder.py or finetune.py; `.about` has what else the file tells (step,
     held_out, order, made_from). UserError for a missing, broken or foreign file."""
     file = load(path, "model", "python anyorder.py")
-    try:
-        with torch.device("meta"):                 # sizes are compared before any memory is taken for them
-            shapes = {name: tensor.shape for name, tensor in AnyOrder(file["config"]).state_dict().items()}
-        if {name: tensor.shape for name, tensor in file["model"].items()} != shapes:
-            raise ValueError
-        model = AnyOrder(file["config"])
-        model.load_state_dict(file["model"])
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, OverflowError):
-        raise UserError(f"{path} is damaged, its config and weights do not fit: run python anyorder.py again") from None
-    model.about = {key: value for key, value in file.items() if key not in ("model", "config")}
+    model = restore(AnyOrder, file, path, "python anyorder.py")
+    model.about = about = {key: value for key, value in file.items() if key not in ("model", "config")}
+    types = {"order": str, "captions": list, "data": str, "step": int, "tokens_seen": int, "seconds": float}
+    more = {"score": str, "distance": float, "caption_rank": torch.Tensor}                 # after finetuning
+    if not (all(isinstance(about.get(key), types[key]) for key in types)
+            and all(isinstance(about[key], more[key]) for key in more.keys() & about.keys())
+            and all(isinstance(text, str) for text in about["captions"] + model.config["words"])
+            and ("caption_rank" not in about or about["caption_rank"].shape == (len(about["captions"]), model.N))
+            and {"data", "tokenizer", "tokens"} <= about["made_from"].keys()):
+        raise UserError(f"{path} is damaged: run python anyorder.py again")
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -491,7 +521,7 @@ def loss_curve(history, path, floor=None):
             pen.line((left, y(floor), left + 6, y(floor)), fill="grey")
     for column, colour in ((1, "silver"), (2, "red")):
         pen.line([(x(row[0]), y(row[column])) for row in history], fill=colour, width=2)
-    picture.save(path)
+    save_picture(path, picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,6 +594,7 @@ def main():
         model.load_state_dict(file["model"])
         optimizer.load_state_dict(file["optimizer"])
         step, best, history, seconds = file["step"], file["best"], file["history"], file["seconds"]
+        kind = torch.bfloat16 if file["bfloat16"] else torch.float32       # whatever the probe says this time
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         print(f"{len(train):,} images to train on, {len(check)} to check, {N} cells, {V} codes, {len(words)} words; "
@@ -573,7 +604,7 @@ def main():
     def remember():
         save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
                           "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                          "history": history, "seconds": seconds})
+                          "history": history, "seconds": seconds, "bfloat16": kind == torch.bfloat16})
 
     stop, saved = on_interrupt(), time.time()
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -592,10 +623,10 @@ def main():
             what, _ = parallel(tokens[pick], captions[pick] * told, order)                 # [B, N, V]
             loss = F.cross_entropy(what.flatten(0, 1), tokens[pick].gather(1, order).flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at step {step}: {target} keeps the last good model; "
-                            f"try --lr {args.lr / 3:.2g}")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
+        if not math.isfinite(loss.item() + norm.item()):
+            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
+                            f"the last good model; try --lr {args.lr / 3:.2g}")
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -614,10 +645,11 @@ def main():
                                batch=args.batch, tokens_seen=step * args.batch * N, seconds=seconds, data=grid["data"],
                                captions=held["captions"])
         bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
-        if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
+        leave = interrupted(stop, device)
+        if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
             remember()
             saved = time.time()
-        if stop:
+        if leave:
             bar.close()
             print(f"stopped at step {step}: python anyorder.py --resume goes on from {unfinished}")
             raise KeyboardInterrupt
@@ -633,7 +665,8 @@ def main():
     chance = torch.Generator(device).manual_seed(args.seed)
     drawn = draw(model, shown, orders(32, N, seeded(args.seed, "sheet")).to(device), chance)
     tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
-    sheet(tokenizer.decode(drawn), 8, scale=max(1, 128 // grid["size"])).save(os.path.join(args.out, f"{name}.png"))
+    save_picture(os.path.join(args.out, f"{name}.png"),
+                 sheet(tokenizer.decode(drawn), 8, scale=max(1, 128 // grid["size"])))
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"{args.out}/{name}.png: samples of {', '.join(map(repr, shown[:8]))}, ...\n"
           f"next: python order_infer.py --out {args.out}" if name == "anyorder" else f"{target} is the raster baseline")

@@ -24,6 +24,7 @@ import hashlib
 import math
 import os
 import re
+import signal
 import stat
 import sys
 import warnings
@@ -58,7 +59,8 @@ class UserError(Exception):
 def run(main):
     """Call `main()`. What a user can mend becomes one line on stderr and exit code 2; Ctrl-C gives exit code 130."""
     def end(message, code=2):
-        print(message, file=sys.stderr)
+        if message:
+            tqdm.write(message, file=sys.stderr)  # below a progress bar, where there is one
         sys.exit(code)
 
     for stream in (sys.stdout, sys.stderr):
@@ -70,13 +72,29 @@ def run(main):
     except UserError as error:  # a DataLoader worker puts its traceback before the message: keep the last line
         end("error: " + re.sub(r"^\w+\.UserError: ", "", (str(error).strip().splitlines() or ["bad input"])[-1]))
     except KeyboardInterrupt:
-        end("stopped", 130)
+        end("stopped" if os.environ.get("RANK", "0") == "0" else "", 130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (MemoryError, torch.OutOfMemoryError):
         end("error: out of memory: try a smaller --batch")
     except OSError as error:
         end(f"error: {printable(error.filename or 'writing')}: {printable(error.strerror or error)}")
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not re.search("gloo|nccl", str(error).lower()):
+            raise
+        end("error: another process of this run has died, so this one ends too: that one's message tells why", 1)
+
+
+def on_interrupt():
+    """A list that the first Ctrl-C fills: finish the step, save, leave. The second one leaves at once."""
+    asked = []
+
+    def handler(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return asked
 
 
 def arguments(doc, flags=("data", "out", "seed", "device")):
@@ -196,6 +214,12 @@ def save(path, contents):
         torch.save(contents, file)
 
 
+def save_picture(path, picture):
+    """Write a PIL image to the .png file `path`."""
+    with replacing(path) as file:
+        picture.save(file, "PNG")
+
+
 def load(path, kind, made_by):
     """The dict that `save` wrote to `path`. UserError, naming the command `made_by` that writes such a file, if it is
     missing, truncated, corrupted, of another `kind`, or newer than this code. Nothing in the file is executed."""
@@ -234,6 +258,23 @@ def load(path, kind, made_by):
     if not 1 <= contents["version"] <= VERSION:
         raise UserError(f"{name} has version {contents['version']}, this code knows {VERSION}: {remedy}")
     return contents
+
+
+def restore(make, file, path, made_by):
+    """The network `make(config)` with the weights of a file that `load` has read. Sizes are compared before any memory is
+    taken for them. UserError if they do not fit."""
+    try:
+        if file["config"].get("layers", 0) > len(file["model"]):  # a billion, even without weights, would take for ever
+            raise ValueError
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in make(file["config"]).state_dict().items()}
+        if {name: tensor.shape for name, tensor in file["model"].items()} != shapes:
+            raise ValueError
+        network = make(file["config"])
+        network.load_state_dict(file["model"])
+        return network
+    except Exception:  # a config may hold anything
+        raise UserError(f"{printable(path)} is damaged, its config and weights do not fit: run {made_by} again") from None
 
 
 # ------------------------------------------------------------------------------- one image file

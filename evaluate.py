@@ -20,30 +20,38 @@ writes   out/judge.pt, out/results.json, out/results.png (main figures as bars),
          in each order, with the orders)
 run      python evaluate.py                                            all models in out/, 500 images each
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
+         python evaluate.py --speed                                    speed and memory, 3 minutes; writes out/speed.json
 you see  the table, and below it whether the judge can be trusted
 not here training the models (anyorder.py, finetune.py); what people think of the images
 """
 
 import collections
+import functools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import warnings
+import weakref
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from anyorder import load_model, rank_of
+import anyorder
+from anyorder import in_turn, join, load_model, rank_of
 from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable, render_sunset,
-                  replacing, run, save, sheet, to_float, to_uint8)
-from order_infer import order_maps
+                  replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
+from order_infer import infer_orders, order_maps, rank_correlation
 from sample import ORDERS, generate
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, seeded
 
 HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
 KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
@@ -51,7 +59,7 @@ NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot 
 SAMPLE = 256         # completions per row, and orders that are compared between rows, at most
 # What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
 # any-order model, from whose choices the finetuned one has learned
-SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"], "inferred": ["learned", "frozen", "inferred"]}
+SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"], "inferred": ["learned", "frozen", "inferred", "class"]}
 COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
            "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
            "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
@@ -205,13 +213,15 @@ class Judge(nn.Module):
         self.config, w = dict(config), config["width"]
         self.convs = nn.ModuleList([nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.Conv2d(2 * w, 4 * w, 3, 2, 1),
                                     nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
+        self.norms = nn.ModuleList([nn.GroupNorm(c // 4, c) for c in (w, 2 * w, 4 * w, 4 * w)])
         self.head = nn.Linear(4 * w, len(config["classes"]))
+        self.sound = nn.Linear(4 * w, 1)               # is the image as it should be? (used in training only)
 
     def activations(self, images):
         """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]; beyond 64 pixels they are averaged down to 64."""
         x, out = images if images.shape[-1] <= 64 else F.adaptive_avg_pool2d(images, 64), []
-        for conv in self.convs:
-            x = F.relu(conv(x))
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x)))
             out.append(x)
         return out
 
@@ -222,9 +232,29 @@ class Judge(nn.Module):
         return self.head(self.features(images))
 
 
-def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
-    """A Judge of these images: it learns to name captions where there are 2 to 200 with at least 20 images each, else to
-    tell by how many quarter turns an image was rotated (Gidaris et al. 2018). Repeatable by seed."""
+def spoiled(image, chance):
+    """An image [3, S, S] in [-1, 1] made worse in one of three ways, more or less: pixels of random colours, a coarser
+    picture, patches that changed places. (Related to what validate_judge does, but not the same.)"""
+    S, kind, strength = image.shape[-1], torch.randint(3, (), generator=chance), torch.rand((), generator=chance).item()
+    if kind == 0:
+        hit = torch.rand(1, S, S, generator=chance) < 0.02 + 0.3 * strength
+        return torch.where(hit, torch.rand(3, S, S, generator=chance) * 2 - 1, image)
+    if kind == 1:
+        small = F.interpolate(image[None], size=[max(1, int(S / (1.3 + 3 * strength)))] * 2, mode="area")
+        return F.interpolate(small, size=[S, S], mode="bilinear")[0]
+    image, side = image.clone(), S // 4
+    for _ in range(1 + int(3 * strength)):
+        y, x, v, u = torch.randint(S - side + 1, (4,), generator=chance).tolist()
+        here = image[:, y:y + side, x:x + side].clone()
+        image[:, y:y + side, x:x + side] = image[:, v:v + side, u:u + side]
+        image[:, v:v + side, u:u + side] = here
+    return image
+
+
+def train_judge(dataset, seed=0, steps=800, batch=64, width=32, device="cpu"):
+    """A Judge of these images, repeatable by seed. It learns to name captions where there are 2 to 200 with at least 20
+    images each, else to tell by how many quarter turns an image was rotated (Gidaris et al. 2018); and, so that quality
+    does not escape it, to tell images from spoiled ones. (Without this, features of captions hardly see a blurred sky.)"""
     counts = collections.Counter(dataset.captions)
     named = 2 <= len(counts) <= 200 and min(counts.values()) >= 20
     classes = sorted(counts) if named else ["0", "90", "180", "270"]
@@ -237,8 +267,12 @@ def train_judge(dataset, seed=0, steps=1200, batch=64, width=32, device="cpu"):
             items = [dataset[i] for i in torch.randint(len(dataset), (batch,), generator=chance).tolist()]
             turns = torch.randint(4, (batch,), generator=chance).tolist()
             label = torch.tensor([classes.index(caption) for _, caption in items] if named else turns, device=device)
-            images = torch.stack([image if named else image.rot90(k, (1, 2)) for (image, _), k in zip(items, turns)])
-            loss = F.cross_entropy(judge(to_float(images).to(device)), label)
+            images = [to_float(image if named else image.rot90(k, (1, 2))) for (image, _), k in zip(items, turns)]
+            images += [spoiled(image, chance) for image in images[:batch // 2]]
+            seen = judge.features(torch.stack(images).to(device))                      # [1.5 batch, 4 w]
+            sound = (torch.arange(len(seen), device=device) < batch).float()
+            loss = (F.cross_entropy(judge.head(seen[:batch]), label)
+                    + F.binary_cross_entropy_with_logits(judge.sound(seen)[:, 0], sound))
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
@@ -252,8 +286,7 @@ def open_judge(out, dataset, size, seed, device):
     path, made_from = os.path.join(out, "judge.pt"), {"data": dataset.fingerprint, "size": str(size), "seed": str(seed)}
     file = load(path, "judge", f"rm {printable(path)}") if os.path.exists(path) else {"made_from": None}
     if file["made_from"] == made_from:
-        judge = Judge(file["config"])
-        judge.load_state_dict(file["model"])
+        judge = restore(Judge, file, path, f"rm {printable(path)}, then this")
         return judge.requires_grad_(False).eval().to(device)
     judge = train_judge(dataset, seed, device=device)
     save(path, {"kind": "judge", "version": 1, "config": judge.config, "made_from": made_from, "model": judge.state_dict()})
@@ -322,13 +355,6 @@ def touching(rank, rows, cols):
     return (earliest < grid).sum().item() / (len(rank) * (rows * cols - 1))
 
 
-def rank_correlation(a, b):
-    """Spearman's rho of ranks a and b [B, N], mean over B: 1 same order, 0 unrelated, -1 reversed.
-    For [0, 1, 2] and [0, 2, 1]: 1 - 6 * (0 + 1 + 1) / (3 * 8) = 0.5."""
-    N = a.shape[1]
-    return (1 - 6 * (a - b).double().square().sum(1) / (N * (N * N - 1))).mean().item()
-
-
 def drawn_before(rank, labels, first, second, rows, cols):
     """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance, None
     without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
@@ -344,13 +370,16 @@ def drawn_before(rank, labels, first, second, rows, cols):
 
 
 def open_rows(texts, out, tokenizer, device):
-    """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, policy)], all checked before anything is computed.
+    """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, steps, policy)], all checked before anything is
+    computed. ORDER@S draws in S steps, several cells at once (steps is 0 without).
     Without texts: the models in `out`. UserError for models of different tokenizers, and orders a model does not know."""
-    names = [os.path.join(out, f"{name}.pt") for name in ("raster", "anyorder", "ordered_raster", "ordered_class", "ordered")]
+    names = ("raster", "anyorder", "ordered_random", "ordered_raster", "ordered_class", "ordered")
+    names = [os.path.join(out, f"{name}.pt") for name in names]
     rows, opened = [], {}
     for text in texts or filter(os.path.exists, names):
         path, _, order = text.rpartition(":")          # from the right: C:\out\raster.pt is a path
-        path, order = (path, order) if order in (*ORDERS, "frozen") else (text, None)
+        order, _, steps = order.partition("@")
+        path, order, steps = (path, order, steps) if order in (*ORDERS, "frozen") else (text, None, "")
         opened[path] = model = opened.get(path) or load_model(path, device)
         about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
         if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
@@ -358,6 +387,8 @@ def open_rows(texts, out, tokenizer, device):
                             "figures of different tokens do not compare: run python anyorder.py again")
         for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
             policy = None
+            if steps and not (steps.isascii() and steps.isdigit() and 0 < int(steps) < model.N):
+                raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, or leave out @{printable(steps)}")
             if order == "frozen":
                 teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
                 opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
@@ -365,7 +396,7 @@ def open_rows(texts, out, tokenizer, device):
                     raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
             if {"learned": not model.config["order_head"], "class": "caption_rank" not in about}.get(order):
                 raise UserError(f"{printable(path)} knows no {order} order: run python finetune.py and name what it writes")
-            rows.append((f"{stem}:{order}", model, order, policy))
+            rows.append((f"{stem}:{order}" + f"@{steps}" * bool(steps), model, order, int(steps or 0), policy))
     if not rows:
         raise UserError(f"{printable(out)} holds no models: run python anyorder.py first, or name some by --models")
     return rows
@@ -377,7 +408,8 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
     [m, f], the moments of these and of the reconstructions' features, and the first few as images and label maps."""
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:max(HELD_OUT, n)].tolist()
     captions, tokens, images, real, recon = [], [], [], [], []
-    for i in tqdm(range(0, len(some), batch), desc="held-out images", unit="batch", dynamic_ncols=True):
+    for i in tqdm(range(0, len(some), batch), desc="held-out images", unit="batch", disable=join(device)[0] > 0,
+                  dynamic_ncols=True):
         items = [test[j] for j in some[i:i + batch]]                       # the last, smaller batch counts as well
         pictures = torch.stack([image for image, _ in items])
         captions += [caption for _, caption in items]
@@ -394,55 +426,60 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
 @torch.inference_mode()
 def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, guidance, seed):
     """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of open_rows.
-    Images are drawn in batches and only their features stay."""
-    name, model, order, policy = row
+    Images are drawn in batches and only their features stay. Processes share the batches out; all get the same result."""
+    name, model, order, parallel, policy = row
     device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
-    chance = torch.Generator(device).manual_seed(seed)                     # every row gets the same dice
-    how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "generator": chance,
+    process, world = join(device)
+    how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
            "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
     m, captions = min(n, len(held["tokens"])), held["captions"]
-    bar = tqdm(total=n + m + min(m, SAMPLE), desc=name, unit="image", dynamic_ncols=True)
+    bar = tqdm(total=(n + m + min(m, SAMPLE)) // world, desc=name, unit="image", disable=process > 0, dynamic_ncols=True)
+
+    def my_batches(what, count):
+        """Where each batch of this process begins, and its dice: the same for every row, whoever throws them."""
+        for i in range(process * batch, count, world * batch):
+            yield i, torch.Generator(device).manual_seed(seeded(seed, what, i).initial_seed())
 
     # draw, and count the inputs that went through an output layer: what drawing costs on any machine
-    evaluated, found, seen, seconds, show = [], [], 0, 0.0, None
+    evaluated, drawn = [], []
     hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
              for each in (model, policy) if each]
-    for i in range(0, n, batch):
+    for i, chance in my_batches("draw", n):
         asked, start = [captions[j % len(captions)] for j in range(i, min(i + batch, n))], time.perf_counter()
-        tokens, visited = generate(model, asked, guidance=guidance, **how)
+        tokens, visited = generate(model, asked, guidance=guidance, generator=chance, **how)
         images = to_uint8(tokenizer.decode(tokens)).cpu()                  # rounded, as in a PNG; truncated would be darker
-        seconds += time.perf_counter() - start
-        found.append(features(images))
+        seconds = time.perf_counter() - start
         names = judge(to_float(images).to(device)).argmax(1).tolist()
-        seen += sum(judge.config["classes"][k] == caption for k, caption in zip(names, asked))
-        show = show or (images[:6], rank_of(visited)[:6].cpu())
+        seen = sum(judge.config["classes"][k] == caption for k, caption in zip(names, asked))
+        drawn.append((features(images), seen, seconds, sum(evaluated), (images[:6], rank_of(visited)[:6].cpu())))
+        evaluated.clear()
         bar.update(len(images))
     for hook in hooks:
         hook.remove()
+    found, seen, seconds, evaluated, show = zip(*in_turn(drawn))
 
     # score held-out images: with every cell given, generate only chooses the order, from the past, as when it draws
-    nats, ranks = [], []
-    for i in range(0, m, batch):
+    scored = []
+    for i, chance in my_batches("score", m):
         tokens, asked = held["tokens"][i:min(i + batch, m)].to(device), captions[i:min(i + batch, m)]
-        visited = generate(model, asked, given=tokens, keep=torch.ones(N, dtype=torch.bool), **how)[1]
-        nats.append(-model.log_probs(tokens, asked, visited).double().sum(1).cpu())
-        ranks.append(rank_of(visited).cpu())
+        visited = generate(model, asked, given=tokens, keep=torch.ones(N, dtype=torch.bool), generator=chance, **how)[1]
+        scored.append((-model.log_probs(tokens, asked, visited).double().sum(1).cpu(), rank_of(visited).cpu()))
         bar.update(len(tokens))
-    nats, ranks = torch.cat(nats), torch.cat(ranks)
+    nats, ranks = map(torch.cat, zip(*in_turn(scored)))
 
     # complete: the upper half is given
     upper, far = torch.arange(N) < rows // 2 * cols, []
-    for i in range(0, min(m, SAMPLE), batch):
+    for i, chance in my_batches("complete", min(m, SAMPLE)):
         truth = held["images"][i:min(i + batch, m, SAMPLE)]
         tokens, asked = held["tokens"][i:i + len(truth)].to(device), captions[i:i + len(truth)]
-        tokens = generate(model, asked, given=tokens, keep=upper, guidance=guidance, **how)[0]
+        tokens = generate(model, asked, given=tokens, keep=upper, guidance=guidance, generator=chance, **how)[0]
         images, top = to_uint8(tokenizer.decode(tokens)).cpu(), truth.shape[2] // rows * (rows // 2)
         images[:, :, :top] = truth[:, :, :top]                             # what was given is not judged
         far.append(lpips(to_float(images).to(device), to_float(truth).to(device), lpips_net).cpu())
         bar.update(len(truth))
     bar.close()
 
-    found, leaks = torch.cat(found), how["order"] == "inferred" and how["score"] == "likelihood"
+    found, far, leaks = torch.cat(found), torch.cat(in_turn(far)), how["order"] == "inferred" and how["score"] == "likelihood"
     if leaks:                                          # such an order looks at the content: its sum is no likelihood
         nats = nats * math.nan
     precision, recall = precision_recall(held["features"], found)
@@ -451,14 +488,14 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
                "bits": nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
                "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
-               "precision": precision, "recall": recall, "lpips": torch.cat(far).mean().item(),
-               "class_seen": seen / n if judge.config["task"] == "captions" else None,
+               "precision": precision, "recall": recall, "lpips": far.mean().item(),
+               "class_seen": sum(seen) / n if judge.config["task"] == "captions" else None,
                "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
                "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
                "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / n,
-               "images_per_second": n / seconds, "weights": fingerprint(model.state_dict())}
-    return figures, nats, ranks, show
+               "images_per_second": n * world / sum(seconds), "weights": fingerprint(model.state_dict())}
+    return figures, nats, ranks, show[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,7 +529,7 @@ def draw_bars(results, columns, path):
                 end = left + label + max(1, round((wide - label - 90) * max(0, row[key]) / most))
                 pen.rectangle((left + label, y + 1, end, y + 18), fill="#4a78b5")
                 pen.text((end + 6, y), format(row[key], columns[key][1]), "black", font)
-    page.save(path)
+    save_picture(path, page)
 
 
 def draw_comparison(shown, captions, rows, cols, path):
@@ -512,28 +549,278 @@ def draw_comparison(shown, captions, rows, cols, path):
             longer = f"{lines[-1]} {word}".strip()
             lines[-1:] = [longer] if font.getlength(longer) < step - 8 else [lines[-1], word]
         pen.text((212 + i * step, 2), "\n".join(lines[:3]), "black", font)
-    page.save(path)
+    save_picture(path, page)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed (--speed): each part beside what could stand in its place, and beside the matrix products that it cannot do
+# without. All models are untrained, since no time depends on the weights.
+
+# (B, heads, T, d): at least so many times as fast as the library's attention in float32, in bfloat16
+ATTENTION = {(128, 6, 64, 32): (1.2, 4), (8, 8, 256, 64): (1, 2.5), (4, 8, 1024, 64): (0.8, 1.3)}
+LONG = (1, 8, 4096, 64)                                # here the memory counts
+# cells per side; images in a training step, in plain drawing, in order inference
+MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 64},
+          "cuda": {"side": 16, "width": 768, "layers": 14, "batch": 64, "draw": 256, "infer": 64},     # 100M parameters
+          "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 32, "least": 20}}
+SECONDS = 12                                           # for each comparison; or four rounds, where they take longer
+
+
+def medians(device, *functions):
+    """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them;
+    the first round only warms up."""
+    rounds, began, wait = [], time.perf_counter(), getattr(torch, device.type).synchronize
+    while len(rounds) < 4 or time.perf_counter() - began < SECONDS:
+        rounds.append([])
+        for function in functions:
+            start = time.perf_counter()
+            function()
+            wait()                                     # a GPU answers before it has finished
+            rounds[-1].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def compared(work, ours, other=None, unit="", ratio=None, least=None, most=None):
+    """One row of the table. The target, `least` or `most`, is for the ratio, or for ours where there is no ratio."""
+    value = ours if ratio is None else ratio
+    met = None if least is most else value >= least if most is None else value <= most
+    return {"name": work, "ours": ours, "other": other, "unit": unit, "ratio": ratio, "least": least, "most": most,
+            "met": met}
+
+
+def library_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def masked_candidates(q, k, v, prefix_k, prefix_v):
+    """candidate_attention, the first obvious way: all candidates are keys too, and a mask hides the others."""
+    C, T = q.shape[2], prefix_k.shape[2]
+    seen = torch.cat((q.new_ones(C, T), torch.eye(C).to(q)), 1).bool()
+    return F.scaled_dot_product_attention(q, torch.cat((prefix_k, k), 2), torch.cat((prefix_v, v), 2), attn_mask=seen)
+
+
+def repeated_candidates(q, k, v, prefix_k, prefix_v):
+    """The second: each candidate is a sequence of its own, with its own copy of the prefix."""
+    B, heads, C, d = q.shape
+    k, v = (torch.cat((past[:, :, None].expand(-1, -1, C, -1, -1), own[:, :, :, None]), 3).transpose(1, 2).flatten(0, 1)
+            for past, own in ((prefix_k, k), (prefix_v, v)))               # [B * C, heads, T + 1, d]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2).reshape(B * C, heads, 1, d), k, v)
+    return out.view(B, C, heads, d).transpose(1, 2)
+
+
+class PeakMemory(TorchDispatchMode):
+    """`.peak`: the most bytes that tensors made inside held at once. Counted, not measured: no noise, any device."""
+    now = peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        memory = lambda tree: {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+        for storage in memory(result) - memory((args, kwargs)):            # a view of an argument takes no memory
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, size):
+        self.now -= size
+
+
+def weight_products(model, inputs, outputs):
+    """The products with weights in a forward pass over so many inputs, of which `outputs` get logits: a list of
+    (rows, in, out)."""
+    weights = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    return [(inputs, *weight.T.shape) for weight in weights] + [(outputs, *model.head.weight.T.shape)]
+
+
+def multiply_adds(model, products, pairs=0):
+    """What a forward pass cannot do without: weight products, and for each (query, key) pair and layer two products of
+    the model's width. A training step needs three times as much: each product has two more in the backward pass."""
+    return sum(rows * i * o for rows, i, o in products) + 2 * pairs * model.config["width"] * len(model.blocks)
+
+
+def bare(products, device, dtype, training=False):
+    """A function that computes nothing but these products, of random matrices and into memory that it already has, and
+    where `training` those of the backward pass: how fast this machine multiplies the model's shapes."""
+    make = lambda *shape: torch.randn(shape, device=device).to(dtype)
+    held = {(m, i, o): [make(*shape) for shape in ((m, i), (o, i), (m, o)) * 2] for m, i, o in products}
+
+    @torch.no_grad()
+    def multiply():
+        for x, w, dy, dx, dw, y in (held[product] for product in products):
+            torch.mm(x, w.T, out=y)
+            if training:
+                torch.mm(dy, w, out=dx)
+                torch.mm(dy.T, x, out=dw)
+    return multiply
+
+
+def untrained(device, side, width, layers):
+    return anyorder.AnyOrder({"rows": side, "cols": side, "codebook": 512, "width": width, "layers": layers,
+                              "order_head": False, "words": list("abcdefghij"), "caption_length": 8}).to(device)
+
+
+def attention_speed(device, dtype):
+    for (B, heads, T, d), targets in ATTENTION.items():
+        x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
+        grad = torch.randn(B, T, heads * d, device=device).to(dtype)
+
+        def both(attention):                           # forward and backward; as in a model, q, k, v are views
+            y = attention(*x.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(grad.shape)
+            torch.autograd.grad(y, x, grad)
+        ways = anyorder.fused_attention, library_attention, anyorder.reference_attention
+        ours, library, reference = (1000 * t for t in medians(device, *(functools.partial(both, way) for way in ways)))
+        name = f"attention {B, heads, T, d} {str(dtype)[6:]}"
+        yield compared(f"{name}, SDPA", ours, library, "ms", library / ours, least=targets[dtype != torch.float32])
+        yield compared(f"{name}, reference", ours, reference, "ms", reference / ours)
+
+
+@torch.inference_mode()
+def candidate_speed(device, dtype, B=16, heads=8, T=128, C=128, d=64):
+    q, k, v = torch.randn(B, C, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    past = torch.randn(2, B, heads, 2 * T, d, device=device).to(dtype)[:, :, :, :T]
+    ways = anyorder.candidate_attention, masked_candidates, repeated_candidates
+    ours, *others = (1000 * t for t in medians(device, *(functools.partial(way, q, k, v, *past) for way in ways)))
+    yield compared(f"candidates {B, heads, T, C, d} {str(dtype)[6:]}, better SDPA", ours, min(others), "ms",
+                   min(others) / ours, least=3)
+
+
+def training_speed(device, dtype, batch, **size):
+    """The step of anyorder.py beside the same step with the library's attention, and beside its products alone."""
+    model, B = untrained(device, **size), batch
+    N, L, V = model.N, model.config["caption_length"], model.V
+    tokens, words = torch.randint(V, (B, N), device=device), torch.randint(10, (B, L), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def step():
+        order = anyorder.random_order(B, N).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            what, _ = model(tokens, words, order)
+            loss = F.cross_entropy(what.flatten(0, 1), tokens.gather(1, order).flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def library_step():
+        ours, anyorder.fused_attention = anyorder.fused_attention, library_attention
+        try:
+            step()
+        finally:
+            anyorder.fused_attention = ours
+
+    products = weight_products(model, B * (L + N), B * N)
+    ours, library, alone = medians(device, step, library_step, bare(products, device, dtype, training=True))
+    yield compared("matrix products of a training step", 6e-9 * multiply_adds(model, products) / alone, unit="GFLOP/s")
+    alone *= multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2) / multiply_adds(model, products)
+    name, done = f"training, {N} cells, batch {B}, {str(dtype)[6:]}", B * N
+    yield compared(f"{name}, SDPA", done / ours, done / library, "tokens/s", library / ours,
+                   least=None if dtype == torch.float32 else 1.5)
+    yield compared(f"{name}, products alone", done / ours, done / alone, "tokens/s", alone / ours, least=0.6)
+
+
+@torch.inference_mode()
+def drawing_speed(device, draw, least=None, **size):
+    """Plain sampling in a given order, in float32, beside its products alone."""
+    model, B = untrained(device, **size), draw
+    N, L = model.N, model.config["caption_length"]
+    products = weight_products(model, B * L, 0) + N * weight_products(model, B, B)
+    order = anyorder.raster_order(B, N).to(device)
+    ours, alone = medians(device, lambda: anyorder.draw(model, [""] * B, order), bare(products, device, torch.float32))
+    alone *= multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2) / multiply_adds(model, products)
+    name = f"drawing, {N} cells, width {size['width']}, batch {B}, float32"
+    yield compared(f"{name}, products alone", B * N / ours, B * N / alone, "tokens/s", alone / ours)
+    yield compared(name, B / ours, unit="images/s", least=least)
+
+
+@torch.inference_mode()
+def inference_speed(device, dtype, infer, **size):
+    """Exact order inference beside a plain forward pass of the same images, and beside its products alone."""
+    model, B = untrained(device, **size), infer
+    N, L, V = model.N, model.config["caption_length"], model.V
+    tokens, words = torch.randint(V, (B, N), device=device), torch.randint(10, (B, L), device=device)
+    order, products = anyorder.random_order(B, N).to(device), weight_products(model, B * (L + N), B * N)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        ours, forward, alone = medians(device, lambda: infer_orders(model, tokens, words),
+                                       lambda: model(tokens, words, order), bare(products, device, dtype))
+    tried = B * N * (N + 1) // 2                       # N candidates, then N - 1, ... each sees L + k inputs and itself
+    pairs = B * (L * (L + 1) // 2 + sum((N - k) * (L + k + 1) for k in range(N)))
+    needed = multiply_adds(model, weight_products(model, B * L, 0) + weight_products(model, tried, tried), pairs)
+    alone *= needed / multiply_adds(model, products)
+    name = f"order inference, {N} cells, batch {B}, {str(dtype)[6:]}"
+    each, plain = 1e6 * ours / tried, 1e6 * forward / (B * (L + N))
+    yield compared(f"{name}, forward pass", each, plain, "us/token", each / plain, most=1.25)
+    yield compared(f"{name}, products alone", tried / ours, tried / alone, "tokens/s", alone / ours)
+    yield compared(name, B / ours, unit="images/s")
+    yield compared("    10,000 images at that rate", 1e4 * ours / B, unit="s", most=300 if N == 64 else None)
+
+
+def memory_use(device, dtype):
+    """What fused_attention needs beside its inputs, its output and their gradients, against the square of scores."""
+    B, heads, T, d = LONG
+    q, k, v, grad = torch.randn(4, B, heads, T, d, device=device).to(dtype)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with PeakMemory() as memory:
+        wanted = anyorder.fused_attention(*inputs)
+        wanted = wanted, *torch.autograd.grad(wanted, inputs, grad)
+    extra, square = memory.peak - sum(x.nbytes for x in wanted), B * heads * T * T * q.element_size()
+    yield compared(f"attention {LONG} extra memory, full square", extra / 1e6, square / 1e6, "MB", extra / square,
+                   most=0.1)
+
+
+def speed_table(device, out):
+    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 3 minutes."""
+    dtype, model = anyorder.precision(device), dict(MODELS["cuda" if device.type == "cuda" else "cpu"])
+    batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
+    dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)
+    parts = [part(device, each) for part in (attention_speed, candidate_speed) for each in dtypes] + [
+        training_speed(device, dtype, batch, **model), drawing_speed(device, draw, **model),
+        drawing_speed(device, **MODELS["drawing"]), inference_speed(device, dtype, infer, **model),
+        memory_use(device, dtype)]
+    rows = [row for part in tqdm(parts, desc="speed", unit="part", dynamic_ncols=True) for row in part]
+    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+               "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype)[6:],
+               "bfloat16_is_fast": dtype == torch.bfloat16,
+               "products_gflops": next(row["ours"] for row in rows if row["unit"] == "GFLOP/s")}
+    with replacing(os.path.join(out, "speed.json")) as file:
+        report = {"command": " ".join(["python", *sys.argv]), "machine": machine, "rows": rows}
+        file.write(json.dumps(report, indent=1).encode())
+    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    shown = [{"name": row["name"], "ours": f"{number(row['ours'])} {row['unit']}",
+              "other": None if row["other"] is None else number(row["other"]), "ratio": row["ratio"],
+              "target": next((f"{word} {row[word]}" for word in ("least", "most") if row[word] is not None), None),
+              "met": {True: "yes", False: "no"}.get(row["met"])} for row in rows]
+    columns = {key: (key, ".2f" if key == "ratio" else "") for key in ("ours", "other", "ratio", "target", "met")}
+    print(table(shown, columns))
+    print(f"medians of calls in turns (ours, other, ours, ...); torch {torch.__version__} on {machine['device']}, "
+          f"{machine['threads']} threads")
+    if device.type == "cpu" and dtype == torch.float32:
+        print("this CPU has no bfloat16 instructions: the float32 rows count")
 
 
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
     parser.add_argument("--models", nargs="+", default=None, help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS)
-                        + ", frozen; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
+                        + ", frozen; ORDER@S draws in S steps; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
     parser.add_argument("--n", type=int, default=500, help="images that each row draws, and scores")
     parser.add_argument("--batch", type=int, default=100, help="images at once")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
     parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: FID instead of the judge's distance")
     parser.add_argument("--lpips-backbone", default="", help="torchvision's alexnet .pth, for true LPIPS")
     parser.add_argument("--lpips-linear", default="", help="the lpips package's weights/v0.1/alex.pth")
-    args = parser.parse_args()                         # --speed and its speed_table(...) enter here
+    parser.add_argument("--speed", action="store_true", help="measure speed and memory instead; needs no models")
+    args = parser.parse_args()
+    device, out = pick_device(args.device), args.out
+    process, world = join(device)
+    if args.speed:
+        return None if process else speed_table(device, out)
     least = NEIGHBOURS + 1
     if args.n < least or args.batch < 1 or not 0 <= args.guidance <= 100:
         raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {least}, batch at least "
                         "1, guidance in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
-    device, out = pick_device(args.device), args.out
     tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
     plan = open_rows(args.models, out, tokenizer, device)
     size, about = tokenizer.config["size"], plan[0][1].about
@@ -546,7 +833,11 @@ def main():
         raise UserError(f"images of {size} pixels are too small for LPIPS, which needs 31: leave out --lpips-backbone")
     distance, extract = load_inception(args.inception, device) if args.inception else ("Frechet (judge)", None)
     network = load_lpips(args.lpips_backbone, args.lpips_linear, device) if args.lpips_backbone else None
+    if process:
+        dist.barrier()                                 # until process 0 has trained the judge: the others load it
     judge = open_judge(out, train, size, args.seed, device)
+    if world > 1 and not process:
+        dist.barrier()
     extract = extract or (lambda images: judge.features(to_float(images)))
 
     @torch.inference_mode()
@@ -575,6 +866,8 @@ def main():
             ranks.append(rank[:SAMPLE])
             shown.append((row[0], *show))
             report["agreement"] = [[rank_correlation(a, b) for b in ranks] for a in ranks]
+            if process:
+                continue
             with replacing(os.path.join(out, "results.json")) as file:     # after every row: an interrupt loses one at most
                 file.write(json.dumps(report, indent=1).encode())
             draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen",

@@ -17,6 +17,9 @@ it will prefer other orders than those it has just specialised in.)
     inferred   each image's own order from orders.pt                                   writes out/ordered.pt
     class      the mean order of all training images with the same caption             writes out/ordered_class.pt
     raster     left to right, top to bottom: the control that any other order has to beat       out/ordered_raster.pt
+    random     a fresh order for each image and step: what training on, and no more, is worth    out/ordered_random.pt
+
+--rounds R repeats it all: the finetuned model infers the orders anew, and goes on training in these.
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
 run      python finetune.py                        2.5 minutes on two CPU cores
@@ -33,21 +36,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (DROP, AnyOrder, join, learning_rate, load_model, loss_curve, on_interrupt, open_tokens,
-                      precision, rank_of, raster_order, save_model)
+from anyorder import (DROP, AnyOrder, interrupted, join, learning_rate, load_model, loss_curve, on_interrupt,
+                      open_tokens, precision, random_order, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, pick_device, run, save
-from order_infer import check_model, load_orders
+from order_infer import (check_model, images_at_once, load_orders, location_loss, over_free, rank_correlation,
+                         shared_orders)
 from tokenizer import SAVE_EVERY, batch_of, seeded
-
-
-def location_loss(where, order):
-    """Cross-entropy of the order head over free cells: where [B, N, N] logits, order [B, N] -> [B, N] nats per step.
-
-    At step k the cells of rank < k are drawn and get no probability; the last step has one free cell and loses 0."""
-    step = torch.arange(order.shape[1], device=order.device)
-    drawn = rank_of(order)[:, None, :] < step[None, :, None]               # [B, step, cell]
-    return F.cross_entropy(where.float().masked_fill(drawn, -math.inf).flatten(0, 1), order.flatten(),
-                           reduction="none").view(order.shape)
 
 
 def specialised_orders(kind, file, held, index):
@@ -58,7 +52,8 @@ def specialised_orders(kind, file, held, index):
         return file["order"][row[index]]
     if kind == "class":
         return file["caption_rank"].argsort(1)[held["caption_index"][index].long()]
-    return raster_order(len(index), held["tokens"].shape[1]).contiguous()
+    N = held["tokens"].shape[1]
+    return random_order(len(index), N, seeded("check")) if kind == "random" else raster_order(len(index), N).contiguous()
 
 
 @torch.no_grad()
@@ -69,26 +64,30 @@ def check(model, tokens, words, order, batch=256):
         t, o = tokens[i:i + batch], order[i:i + batch]
         what, where = model(t, words[i:i + batch], o)
         sums[0] += F.cross_entropy(what.flatten(0, 1).float(), t.gather(1, o).flatten(), reduction="sum").item()
-        sums[1] += location_loss(where, o).sum().item()
-        free = rank_of(o)[:, None, :] >= torch.arange(o.shape[1], device=o.device)[None, :, None]
-        sums[2] += (where.masked_fill(~free, -math.inf).argmax(-1) == o).sum().item()
+        free = over_free(where, o)
+        sums[1] += F.cross_entropy(free.flatten(0, 1), o.flatten(), reduction="sum").item()
+        sums[2] += (free.argmax(-1) == o).sum().item()
     return (sums / tokens.numel()).tolist()
 
 
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
-    parser.add_argument("--order", choices=("inferred", "class", "raster"), default="inferred", help="what to specialise in")
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+    parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
+                        help="what to specialise in")
+    parser.add_argument("--rounds", type=int, default=1, help="infer the orders again with the finetuned model, R - 1 times")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of a round (default 500)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
-    for name in ("steps", "batch"):
+    for name in ("steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0003")
+    if args.rounds > 1 and args.order != "inferred":
+        raise UserError(f"--rounds {args.rounds} infers orders again, --order {args.order} takes none: leave out one of them")
     device = pick_device(args.device)
     rank, world = join(device)
     if args.batch % world:
@@ -108,13 +107,12 @@ def main():
     val = val if len(val) else train[:512]
     order = specialised_orders(args.order, file, held, train).to(device)
     val_order = specialised_orders(args.order, file, held, val).to(device)
-    N = model.N
-
+    N, small = model.N, torch.uint8 if model.N <= 256 else torch.int32
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
     made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
                  "model": fingerprint(start_model.state_dict())}
-    settings = {key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "seed")}
+    settings = {key: getattr(args, key) for key in ("order", "rounds", "steps", "batch", "lr", "seed")}
     kind = precision(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     step, best, history, seconds = 0, math.inf, [], 0.0
@@ -125,6 +123,8 @@ def main():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
+        order, val_order = state["order"].long().to(device), state["val_order"].long().to(device)
+        kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def evaluate():
@@ -134,36 +134,62 @@ def main():
     def remember():
         save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
                           "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                          "history": history, "seconds": seconds})
+                          "history": history, "seconds": seconds, "order": order.to(small),
+                          "val_order": val_order.to(small), "bfloat16": kind == torch.bfloat16})
+
+    def leave():
+        bar.close()
+        if rank == 0:
+            remember()
+            print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
+        raise KeyboardInterrupt
+
+    def infer_again():
+        """The orders that the model would choose now: [n, N] of the training images, and of those to check."""
+        both, found = torch.cat((train, val)), []
+        for part in tqdm(both.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
+                         dynamic_ncols=True):
+            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"],
+                                       file["config"]["distance"], kind, rank, world))
+            if interrupted(stop, device):
+                leave()
+        return torch.cat(found).to(device).split((len(train), len(val)))
 
     if rank == 0:
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; before: {evaluate()[0]:.3f} nats per token")
-    stop, saved = on_interrupt(), time.time()
-    bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    stop, saved, total = on_interrupt(), time.time(), args.steps * args.rounds
+    bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = (lambda line: None) if rank else bar.write
-    while step < args.steps:
-        start = time.time()
+    while step < total:
+        start, chance = time.time(), seeded(args.seed, step)
+        if step and step % args.steps == 0:
+            old, (order, val_order) = val_order, infer_again()
+            agree = rank_correlation(rank_of(old), rank_of(val_order))
+            say(f"round {step // args.steps + 1}: new orders, rank correlation {agree:.3f} with those before; "
+                f"held out {evaluate()[0]:.3f} nats per token")
         pick = torch.tensor(batch_of(step, args.batch, len(train), args.seed))[rank::world].to(device)
-        told = (torch.rand(args.batch, 1, generator=seeded(args.seed, step)) >= DROP)[rank::world].to(device)
+        told = (torch.rand(args.batch, 1, generator=chance) >= DROP)[rank::world].to(device)
         o, t = order[pick], tokens[train.to(device)[pick]]
+        if args.order == "random":
+            o = random_order(args.batch, N, chance)[rank::world].to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step % args.steps, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, where = parallel(t, captions[train.to(device)[pick]] * told, o)          # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
             place = location_loss(where, o).mean()
         (loss + place).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(loss.item() + place.item()):
-            raise UserError(f"the loss is {loss.item()} at step {step}: {target} keeps the last good model; "
-                            f"try --lr {args.lr / 3:.2g}")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
+        if not math.isfinite(loss.item() + place.item() + norm.item()):
+            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
+                            f"the last good model; try --lr {args.lr / 3:.2g}")
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         seconds += time.time() - start
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
-        if step % max(1, args.steps // 8) == 0 or step == args.steps:
+        if step % max(1, args.steps // 8) == 0 or step % args.steps == 0:
             value, nats, hits = evaluate()
             history.append((step, loss.item(), value))
             say(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
@@ -177,19 +203,21 @@ def main():
                                seconds=start_model.about["seconds"] + seconds,
                                caption_rank=file["caption_rank"], captions=held["captions"],
                                score=file["config"]["score"], distance=file["config"]["distance"])
-        if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
+        if interrupted(stop, device):
+            leave()
+        if rank == 0 and time.time() - saved > SAVE_EVERY:
             remember()
             saved = time.time()
-        if stop:
-            bar.close()
-            print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
-            raise KeyboardInterrupt
     bar.close()
     if rank:
         return
     if os.path.exists(unfinished):
         os.remove(unfinished)
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
+    if args.order == "inferred":
+        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(), "learned", 0.0, kind)
+        print(f"the order head's own orders of these images correlate by {rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} "
+              "with the inferred ones")
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
 

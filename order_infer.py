@@ -15,9 +15,14 @@ first and then keeps the cell with the likeliest draw, which acts like a strong 
 
 For a training image the content is known (teacher forcing) and only the location is inferred: that is its order.
 
+A large data set need not pay this price for every image. With --fast the first few thousand orders teach a small *order
+head* which cell comes next, given what the model knows before it is told; it then orders all other images at the price of
+one evaluation for each cell (`learn_head`, and "learned" among the scores).
+
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
 run      python order_infer.py                     4,512 images in 7 minutes on two CPU cores
+         python order_infer.py --fast              all training images: 4,000 exactly, the others by the head
 you see  the mean order as a colour map (dark first, bright last), and images as they appear in their own order
 not here drawing new images in an inferred order (sample.py), learning from the orders (finetune.py)
 """
@@ -28,11 +33,15 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import Drawing, join, load_model, on_interrupt, open_tokens, precision, rank_of
-from data import UserError, arguments, fingerprint, load, pick_device, run, save, sheet, to_uint8
-from tokenizer import SAVE_EVERY, load_tokenizer, seeded
+from anyorder import (AnyOrder, Drawing, interrupted, join, learning_rate, load_model, on_interrupt, open_tokens, precision,
+                      rank_of)
+from data import UserError, arguments, fingerprint, load, pick_device, run, save, save_picture, sheet, to_uint8
+from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, seeded
+
+HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
 
 # Higher comes earlier. logits [B, C, V] float32 -> [B, C] in nats.
 SCORES = ("confidence", "margin", "entropy", "calibrated", "likelihood")
@@ -71,9 +80,16 @@ def step_lengths(model):
     return torch.cat((torch.cdist(place, place) / max(1.0, math.hypot(rows - 1, cols - 1)), torch.zeros(1, rows * cols)))
 
 
+def touching_cells(model):
+    """[N, N] bool: cells that share an edge or a corner; none touches itself."""
+    rows, cols = model.config["rows"], model.config["cols"]
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
+    return (place[:, None] - place).abs().amax(-1) == 1
+
+
 def without(cells, choice):
-    """cells [B, C] minus number choice[b] of each row -> [B, C - 1].   without([[4, 7, 9]], [1]) is [[4, 9]]."""
-    left = torch.ones_like(cells, dtype=torch.bool).scatter_(1, choice[:, None], False)
+    """cells [B, C] minus numbers choice [B, n] of each row -> [B, C - n].   without([[4, 7, 9]], [[1]]) is [[4, 9]]."""
+    left = torch.ones_like(cells, dtype=torch.bool).scatter_(1, choice, False)
     return cells[left].view(len(cells), -1)
 
 
@@ -82,11 +98,11 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0):
     """The order in which the model would draw these images.
 
     tokens [B, N] int64, captions: B strings or [B, L] word numbers -> order [B, N] int64. `score` as in
-    location_scores; `distance` >= 0 in nats per grid diagonal pulls the next cell towards the last one. The images are
-    split into batches whose activations stay within some 64 MB.
+    location_scores, or "learned", by the model's order head; `distance` >= 0 in nats per grid diagonal pulls the next cell
+    towards the last one. The images are split into batches whose activations stay within some 64 MB.
     """
-    if score not in SCORES:
-        raise UserError(f"score {score!r} is not known: choose one of {', '.join(SCORES)}")
+    if score not in SCORES and not (score == "learned" and model.config["order_head"]):
+        raise UserError(f"score {score!r} is not known, or needs an order head: choose one of {', '.join(SCORES)}")
     words = model.read(captions) if isinstance(captions, (list, tuple)) else captions
     at_once = images_at_once(model)
     if len(tokens) > at_once:
@@ -98,20 +114,79 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0):
     free = torch.arange(N, device=tokens.device).repeat(B, 1)              # [B, C], one cell fewer each step
     order = torch.empty_like(tokens)
     for k in range(N):
-        logits = drawing.look(free)                                        # [B, C, V]
-        value = location_scores(logits, score, model.frequency, tokens.gather(1, free))
+        if score == "learned":
+            value = drawing.next_location().gather(1, free)                # [B, C]
+        else:
+            value = location_scores(drawing.look(free), score, model.frequency, tokens.gather(1, free))
         if distance:
-            value = value - distance * lengths[drawing.cell[:, None], free]
-        choice = value.argmax(1)                                           # [B]
-        order[:, k] = free.gather(1, choice[:, None])[:, 0]
-        drawing.place(choice, tokens.gather(1, order[:, k:k + 1])[:, 0])
+            value = value - distance * lengths[drawing.cell, free]
+        choice = value.argmax(1, keepdim=True)                             # [B, 1]
+        cell = order[:, k:k + 1] = free.gather(1, choice)
+        if score == "learned":                                             # only now is one cell looked at
+            drawing.look(cell)
+        drawing.place(torch.zeros_like(choice) if score == "learned" else choice, tokens.gather(1, cell))
         free = without(free, choice)
     return order
+
+
+def shared_orders(model, tokens, words, score, distance, kind, rank=0, world=1):
+    """infer_orders in the number type `kind`, the images [n, N] shared out between processes; all receive all, on the CPU."""
+    tokens, words = (x.tensor_split(world)[rank].to(model.hop.device) for x in (tokens, words))
+    with torch.autocast(tokens.device.type, kind, enabled=kind != torch.float32):
+        parts = [infer_orders(model, tokens, words, score, distance).cpu()]
+    if world > 1:
+        mine, parts = parts[0], [None] * world
+        dist.all_gather_object(parts, mine)
+    return torch.cat(parts)
 
 
 def images_at_once(model):
     """The batch that keeps the widest activation, B x N x 4D float32, within 32 MB: what the caches of a CPU like."""
     return max(1, 2 ** 23 // (model.N * 4 * model.config["width"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order head: orders at the price of one evaluation for each cell
+
+
+def over_free(where, order):
+    """Logits of the order head, where [B, N, N], with -inf for what is drawn: at step k of order [B, N], the cells of rank
+    < k. The last step has one free cell."""
+    step = torch.arange(order.shape[1], device=order.device)
+    drawn = rank_of(order)[:, None, :] < step[None, :, None]               # [B, step, cell]
+    return where.float().masked_fill(drawn, -math.inf)
+
+
+def location_loss(where, order):
+    """Cross-entropy of the order head over free cells: where [B, N, N] logits, order [B, N] -> [B, N] nats per step."""
+    return F.cross_entropy(over_free(where, order).flatten(0, 1), order.flatten(), reduction="none").view(order.shape)
+
+
+def learn_head(model, tokens, words, order, seed=0, steps=HEAD_STEPS, kind=torch.float32, quiet=False):
+    """A copy of `model` whose order head has learned to choose `order` [n, N] for tokens [n, N], words [n, L]. All else
+    stays as it is: what the head reads is what the any-order model knows already."""
+    torch.manual_seed(seed)
+    device = tokens.device
+    taught = AnyOrder({**model.config, "order_head": True}).requires_grad_(False).to(device)
+    taught.load_state_dict(model.state_dict(), strict=False)
+    taught.where.requires_grad_(True)
+    optimizer = torch.optim.AdamW(taught.where.parameters(), weight_decay=0.05)
+    for step in tqdm(range(steps), desc="order head", unit="step", disable=quiet, dynamic_ncols=True):
+        pick = torch.tensor(batch_of(step, HEAD_BATCH, len(tokens), seed)).to(device)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            where = taught(tokens[pick], words[pick], order[pick])[1]
+        location_loss(where, order[pick]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return taught.requires_grad_(False).eval()
+
+
+def rank_correlation(a, b):
+    """Spearman's rho of ranks a and b [B, N], mean over B: 1 same order, 0 unrelated, -1 reversed.
+    For [0, 1, 2] and [0, 2, 1]: 1 - 6 * (0 + 1 + 1) / (3 * 8) = 0.5."""
+    N = a.shape[1]
+    return (1 - 6 * (a - b).double().square().sum(1) / (N * (N * N - 1))).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,12 +231,22 @@ def caption_ranks(order, caption_index, captions):
 def load_orders(path, held):
     """orders.pt as a dict, checked against tokens.pt (`held`): order [m, N] int64, index [m] rows of tokens.pt."""
     file = load(path, "orders", "python order_infer.py")
-    grid, own = (f"{c['rows']}x{c['cols']}" for c in (file["config"], held["config"]))
+    grid, own = (f"{c.get('rows')}x{c.get('cols')}" for c in (file["config"], held["config"]))
     if grid != own:
         raise UserError(f"{path} is for an {grid} grid, tokens.pt has {own}: run python order_infer.py again")
-    if file["made_from"]["tokens"] != held["fingerprint"]:
+    if file["made_from"].get("tokens") != held["fingerprint"]:
         raise UserError(f"{path} was made from another tokens.pt: run python order_infer.py again")
-    file["order"], file["index"] = file["order"].long(), file["index"].long()
+    try:
+        order, index = file["order"], file["index"] = file["order"].long(), file["index"].long()
+        n, N = len(held["tokens"]), held["tokens"].shape[1]
+        whole = (torch.equal(order.sort(1).values, torch.arange(N).expand(len(index), N))
+                 and 0 <= int(index.min()) <= int(index.max()) < n
+                 and file["caption_rank"].shape == (len(held["captions"]), N) and not file["caption_rank"].isnan().any()
+                 and file["config"]["score"] in SCORES and file["config"]["distance"] >= 0)
+    except Exception:
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: run python order_infer.py again")
     return file
 
 
@@ -177,7 +262,8 @@ def main():
     parser.add_argument("--model", default="", help="the any-order model (default OUT/anyorder.pt)")
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
     parser.add_argument("--distance", type=float, default=0.0, help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=int, default=4000, help="orders for the first N training images (0: for all)")
+    parser.add_argument("--limit", type=int, default=4000, help="exact orders for the first N training images (0: for all)")
+    parser.add_argument("--fast", action="store_true", help="let a head learn from these and order all other images")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()
     if args.limit < 0 or not args.distance >= 0:
@@ -190,52 +276,66 @@ def main():
     check_model(model, path, held)
     tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"))
 
-    train = (held["split"] == 0).nonzero()[:, 0]
-    index = torch.cat((train[:args.limit or None], (held["split"] == 1).nonzero()[:512, 0]))
+    train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
+    index = torch.cat((train[:args.limit or None], check))
+    exact, known = len(index), len(index) - len(check)                     # so many by trying every cell; of training images
+    if args.fast:
+        if known == len(train):
+            raise UserError(f"--fast --limit {args.limit}: no image of {len(train):,} is left for the head, leave out --fast "
+                            f"or give a smaller limit, such as {max(1, len(train) // 8)}")
+        index = torch.cat((index, train[known:]))
     target, partial = (os.path.join(args.out, name) for name in ("orders.pt", "orders_resume.pt"))
     N = model.N
     about = {"config": {"rows": model.config["rows"], "cols": model.config["cols"], "score": args.score,
-                        "distance": args.distance, "limit": args.limit},
+                        "distance": args.distance, "limit": args.limit, "fast": args.fast, "seed": args.seed},
              "made_from": {**model.about["made_from"], "model": fingerprint(model.state_dict())}}
-    order, done, seconds = torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32), 0, 0.0
+    order, done, seconds, head = torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32), 0, 0.0, None
+    kind = precision(device)
     if args.resume:
         file = load(partial, "unfinished", "python order_infer.py without --resume")
         if {key: file[key] for key in about} != about:
             raise UserError(f"{partial} was begun with other settings or another model: leave out --resume")
-        order, done, seconds = file["order"], file["done"], file["seconds"]
-    words = model.read(held["captions"])
-    if rank == 0 and args.limit and args.limit < len(train):
-        print(f"orders for {args.limit:,} of {len(train):,} training images: --limit 0 infers them all")
-    kind, at_once, stop, saved = precision(device), images_at_once(model), on_interrupt(), time.time()
+        order, done, seconds, head = file["order"], file["done"], file["seconds"], file["head"]
+        kind = torch.bfloat16 if file["bfloat16"] else torch.float32       # whatever the probe says this time
+    tokens, words = held["tokens"], model.read(held["captions"]).cpu()[held["caption_index"].long()]           # [n, L]
+    if rank == 0 and known < len(train):
+        print(f"orders for {known:,} of {len(train):,} training images: "
+              + ("the head learns from them and orders the others" if args.fast else "--limit 0 infers them all, --fast estimates"))
+    at_once, stop, saved, pupil = images_at_once(model), on_interrupt(), time.time(), None
     with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
         while done < len(index):
             start = time.time()
-            rows = index[done:done + at_once * world]
-            mine = rows.tensor_split(world)[rank]
-            with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-                found = infer_orders(model, held["tokens"][mine].to(device),
-                                     words[held["caption_index"][mine].long().to(device)], args.score, args.distance)
-            found = found.cpu()
-            if world > 1:
-                parts = [None] * world
-                dist.all_gather_object(parts, found)
-                found = torch.cat(parts)
+            if done >= exact and pupil is None:
+                some = index[:known]
+                pupil = learn_head(model, tokens[some].to(device), words[some].to(device), order[:known].long().to(device),
+                                   args.seed, 0 if head else HEAD_STEPS, kind, rank > 0)
+                pupil.where.load_state_dict(head or pupil.where.state_dict())
+                head = pupil.where.state_dict()
+            rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
+            how = (model, args.score, args.distance) if done < exact else (pupil, "learned", 0.0)
+            found = shared_orders(how[0], tokens[rows], words[rows], *how[1:], kind, rank, world)
             order[done:done + len(rows)] = found.to(order.dtype)
             done, seconds = done + len(rows), seconds + time.time() - start
             bar.update(len(rows))
-            if rank == 0 and (stop or time.time() - saved > SAVE_EVERY):
-                save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds})
+            leave = interrupted(stop, device)
+            if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
+                save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds,
+                               "head": head, "bfloat16": kind == torch.bfloat16})
                 saved = time.time()
-            if stop:
+            if leave:
                 bar.close()
                 print(f"stopped after {done:,} images: python order_infer.py --resume goes on from {partial}")
                 raise KeyboardInterrupt
     if rank:
         return
+    if pupil and len(check):                           # the head never saw these
+        guess = shared_orders(pupil, tokens[check], words[check], "learned", 0.0, kind)
+        agree = rank_correlation(rank_of(guess), rank_of(order[known:exact].long()))
+        print(f"the head's orders of {len(check)} validation images correlate by {agree:.3f} with the exact ones")
     captions = held["caption_index"][index].long()
     caption_rank = caption_ranks(order, captions, len(held["captions"]))
     save(target, {"kind": "orders", "version": 1, **about, "order": order, "index": index, "caption_rank": caption_rank,
-                  "captions": held["captions"], "seconds": seconds})
+                  "captions": held["captions"], "seconds": seconds, "exact": exact})
     if os.path.exists(partial):
         os.remove(partial)
 
@@ -249,7 +349,8 @@ def main():
     columns[0][0], columns[1][0] = 255, order_maps(mean.argsort().argsort()[None], *grid, size)[0]
     for column in columns[2:]:
         column[0] = 255
-    sheet(torch.stack(columns, 1).flatten(0, 1), 10, scale=max(1, 96 // size)).save(os.path.join(args.out, "orders.png"))
+    save_picture(os.path.join(args.out, "orders.png"),
+                 sheet(torch.stack(columns, 1).flatten(0, 1), 10, scale=max(1, 96 // size)))
     print("mean rank of each cell (0 is first):")
     print("\n".join(" ".join(f"{value:5.1f}" for value in row) for row in mean.view(grid).tolist()))
     print(f"{target}: {len(index):,} orders, {seconds:.0f} s, {len(index) / max(seconds, 1e-9):.0f} images/s\n"

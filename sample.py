@@ -28,10 +28,10 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from anyorder import Drawing, load_model, random_order, rank_of, raster_order
+from anyorder import Drawing, in_turn, join, load_model, random_order, rank_of, raster_order
 from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run, sheet,
                   to_float, to_uint8)
-from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, without
+from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, touching_cells, without
 from tokenizer import load_tokenizer, seeded
 
 ORDERS = ("raster", "random", "inferred", "class", "learned")
@@ -44,6 +44,8 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
     the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    if not top_k and top_p >= 1:                       # nothing to cut, nothing to sort
+        return (logits.float() / temperature).softmax(-1)
     p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     cut = p.cumsum(-1) - p >= top_p                    # subtle: the token that crosses top_p stays
     if top_k:
@@ -61,20 +63,45 @@ def caption_orders(model, captions):
     return torch.stack([rank[known[c]] if c in known else rank.mean(0) for c in captions]).argsort(1)
 
 
+def steps_of(cells, parallel):
+    """How many cells each step draws: one each, or with `parallel` steps as many as 1 - cos(pi/2 k / parallel) of all cells
+    asks for: few at first, when all is open (the schedule of MaskGIT, arXiv 2202.04200). steps_of(8, 4) is [1, 1, 3, 3]."""
+    if not 0 < parallel < cells:
+        return [1] * cells
+    after = [round(cells * (1 - math.cos(math.pi / 2 * k / parallel))) for k in range(parallel + 1)]
+    for k in range(1, parallel + 1):                                       # at least one each
+        after[k] = min(max(after[k], after[k - 1] + 1), cells - parallel + k)
+    return [b - a for a, b in zip(after, after[1:])]
+
+
+def best_apart(value, cells, n, near):
+    """The n best of cells [B, C] by value [B, C], no two of which touch, as long as there are such: numbers [B, n].
+    Neighbours must not be drawn at once: neither would know the other. near [N, N] says which cells touch."""
+    value, choice = value.float().clone(), [value.argmax(1, keepdim=True)]
+    while len(choice) < n:
+        last = cells.gather(1, choice[-1])                                 # [B, 1]
+        value -= 1e4 * near[last, cells]                                   # below all others, but still to be had
+        value.scatter_(1, choice[-1], -math.inf)
+        choice.append(value.argmax(1, keepdim=True))
+    return torch.cat(choice, 1)
+
+
 @torch.inference_mode()
-def generate(model, captions, order="inferred", score="confidence", distance=0.0, policy=None, temperature=1.0, top_k=0,
-             top_p=1.0, guidance=1.0, given=None, keep=None, generator=None, watch=None):
+def generate(model, captions, order="inferred", score="confidence", distance=0.0, policy=None, parallel=0, explore=0.0,
+             temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, given=None, keep=None, generator=None, watch=None):
     """Draws one image per caption: (tokens [B, N] int64, order [B, N] int64).
 
     captions   B strings
     order      "raster", "random", "inferred", "class", "learned", or a visit list [B, N]
     score, distance    how "inferred" chooses, see order_infer.location_scores
     policy     another model that chooses the inferred locations (say, the any-order model that the orders came from)
+    parallel   draw in so many steps, several cells in each (0: one by one). Cells of one step do not see each other
+    explore    temperature of the location: 0 takes the best one, 1 draws it from the softmax of the scores
     guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
                A pair (a, b) goes from a at the first cell to b at the last, linearly in the share of drawn cells
     given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn
     generator  of torch, on the model's device; makes it repeatable
-    watch      a list that receives, for each step, (free cells [B, C], their scores [B, C] in nats) where the order has
+    watch      a list that receives, for each cell, (free cells [B, C], their scores [B, C] in nats) where the order has
                scores: "inferred" those of location_scores, "learned" the order head's log-probabilities
     """
     B, N, device = len(captions), model.N, model.hop.device
@@ -83,6 +110,8 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     first, last = guidance if isinstance(guidance, tuple) else (guidance, guidance)
     if (first, last) != (1, 1) and words.any():
         words = torch.cat((words, torch.zeros_like(words)))                # the second half has no caption
+        if order == "inferred" and score != "likelihood":
+            policy = policy or model                                       # so that only the told half tries every cell
     drawing, copies = Drawing(model, words), len(words) // B
     chooser = Drawing(policy, policy.read(captions)) if policy is not None else None
     fixed, order = (order, "given") if isinstance(order, torch.Tensor) else (None, order)      # the visit list, if any
@@ -96,14 +125,14 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     cells = (raster_order(B, N) if fixed is None else fixed).to(device)
     keep = torch.zeros(N, dtype=torch.bool) if keep is None else keep
     cells = cells.gather(1, (~keep.to(device))[cells].int().argsort(dim=1, stable=True))   # kept ones first
-    lengths = step_lengths(model).to(device)
+    lengths, near = step_lengths(model).to(device), touching_cells(model).to(device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
-    visited = torch.empty(B, N, dtype=torch.long, device=device)
+    visited, k = [], 0
     head = int(keep.sum())                                                 # so many steps draw nothing new
-    for k in range(N):
+    for n in [1] * head + steps_of(N - head, parallel):
         if k in (0, head):
-            pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], one cell fewer each step
-        value = logits = None
+            pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], n cells fewer each step
+        logits = content = None
         strength = first + (last - first) * k / max(1, N - 1)
         if order == "learned":
             value = drawing.next_location()[:B].gather(1, pool).log_softmax(1)
@@ -112,32 +141,38 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
                 tried = chooser.look(pool)
             else:
                 tried = logits = drawing.look(pool.repeat(copies, 1))
-            content = tokens.gather(1, pool)
-            if score == "likelihood" and k >= head:                        # draw everywhere, keep the likeliest
+            if score == "likelihood":                                      # draw everywhere, keep the likeliest
                 p = filtered(guided(tried, B, strength).flatten(0, 1), temperature, top_k, top_p)
                 content = torch.multinomial(p, 1, generator=generator).view(pool.shape)
+                content = content if k >= head else tokens.gather(1, pool)
             value = location_scores(tried[:B], score, model.frequency, content)
-            value = value - distance * lengths[drawing.cell[:B, None], pool]
-        if watch is not None and value is not None:
-            watch.append((pool.cpu(), value.float().cpu()))
-        choice = value.argmax(1) if fixed is None else pool.new_zeros(B)
-        cell, at = pool.gather(1, choice[:, None]), choice                 # [B, 1], [B]
-        if logits is None:                                                 # the location is known: look there only
-            logits, at = drawing.look(cell.repeat(copies, 1)), torch.zeros_like(choice)
-        if k >= head:
-            if order == "inferred" and score == "likelihood":
-                token = content.gather(1, choice[:, None])
-            else:
-                here = guided(logits[torch.arange(copies * B), at.repeat(copies)][:, None], B, strength)[:, 0]
-                token = torch.multinomial(filtered(here, temperature, top_k, top_p), 1, generator=generator)
-            tokens.scatter_(1, cell, token)
-        token = tokens.gather(1, cell)[:, 0]
-        drawing.place(at.repeat(copies), token.repeat(copies))
+            value = value - distance * lengths[drawing.cell[:B], pool]
+        else:                                                              # the earlier in the visit list, the better
+            value = -torch.arange(pool.shape[1], device=device).expand(B, -1)
+        if watch is not None and order in ("learned", "inferred"):
+            watch += [(pool.cpu(), value.float().cpu())] * n
+        if explore and order in ("learned", "inferred"):                   # Gumbel noise makes the best one a fair draw
+            noise = torch.empty(value.shape, device=device).exponential_(generator=generator).log()
+            value = value - explore * noise
+        choice = best_apart(value, pool, n, near)                          # [B, n]
+        cell, at = pool.gather(1, choice), choice                          # [B, n]
+        if logits is None:                                                 # the locations are known: look there only
+            logits, at = drawing.look(cell.repeat(copies, 1)), torch.arange(n, device=device).expand(B, n)
+        at = at.repeat(copies, 1)
+        if k < head:
+            token = tokens.gather(1, cell)
+        elif content is not None:
+            token = content.gather(1, choice)
+        else:
+            here = guided(logits.gather(1, at[..., None].expand(-1, -1, model.V)), B, strength)        # [B, n, V]
+            token = torch.multinomial(filtered(here.flatten(0, 1), temperature, top_k, top_p), 1, generator=generator).view(B, n)
+        tokens.scatter_(1, cell, token)
+        drawing.place(at, token.repeat(copies, 1))
         if chooser is not None:
             chooser.place(choice, token)
-        visited[:, k] = cell[:, 0]
-        pool = without(pool, choice)
-    return tokens, visited
+        visited.append(cell)
+        pool, k = without(pool, choice), k + n
+    return tokens, torch.cat(visited, 1)
 
 
 def guided(logits, B, guidance):
@@ -324,7 +359,7 @@ def main():
     parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
     parser.add_argument("--n", type=int, default=8, help="how many images (of each --caption)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest tokens only (0: all)")
+    parser.add_argument("--parallel", metavar="S", type=int, default=0, help="draw in S steps, several cells each (0: one)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that make up P")
     parser.add_argument("--guidance", default="1.5", help="towards the caption (1: none); 0:3 goes from 0 to 3")
     parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
@@ -334,8 +369,8 @@ def main():
     parser.add_argument("--why", metavar="K", type=int, default=0, help="also a still of step K, with all scores")
     parser.add_argument("--likelihood", metavar="IMAGE", default="", help="only print the nats per token of this image")
     args = parser.parse_args()
-    if not (args.n > 0 <= args.top_k and 0 < args.top_p <= 1 and args.temperature >= 0 and 0 <= args.animate <= 600):
-        raise UserError(f"--n {args.n} --top-k {args.top_k} --top-p {args.top_p} --temperature {args.temperature} "
+    if not (args.n > 0 <= args.parallel and 0 < args.top_p <= 1 and args.temperature >= 0 and 0 <= args.animate <= 600):
+        raise UserError(f"--n {args.n} --parallel {args.parallel} --top-p {args.top_p} --temperature {args.temperature} "
                         f"--animate {args.animate}: expected n > 0, top-p in (0, 1], animate up to 600, none negative")
     if args.mask and not args.complete or args.complete and not args.mask + args.extend:
         raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
@@ -344,6 +379,7 @@ def main():
     guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
     wide, high = numbers("--extend ", args.extend.removesuffix("x"), 1, 8, "x") if args.extend else (1, 1)
     device = pick_device(args.device)
+    process, world = join(device)
     paths = [os.path.join(args.out, name + ".pt") for name in ("ordered", "anyorder", "raster")]
     path = args.model or next(filter(os.path.exists, paths), paths[0])
     model = load_model(path, device)
@@ -352,11 +388,13 @@ def main():
         raise UserError(f"{path} is for another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
     order = args.order or {"random": "inferred", "inferred": "learned"}.get(model.about["order"], model.about["order"])
     how = dict(order=order, score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
-               temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=guidance)
+               temperature=args.temperature, top_p=args.top_p, parallel=args.parallel, guidance=guidance)
     grid, size = (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
     side, scale = size // grid[0], max(1, TILE // size)
     captions = read_captions(args.caption)
     model.check_words(captions)
+    if args.likelihood and process:
+        return None                                                            # one image is not worth sharing
     if args.likelihood:
         return likelihood(model, tokenizer, args.likelihood, captions or [""], args.out, args.seed, how)
 
@@ -382,13 +420,15 @@ def main():
         shuffled = torch.randperm(max(args.n, len(every)), generator=seeded(args.seed)).tolist()
         captions = [every[i % len(every)] for i in shuffled[:args.n]]
 
-    generator, drawn, orders, scores = torch.Generator(device).manual_seed(args.seed), [], [], []
-    for i in range(0, len(captions), BATCH):
-        asked = captions[i:i + BATCH]
+    drawn = []
+    for i in range(process * BATCH, len(captions), world * BATCH):             # each batch has dice of its own: whoever
+        asked = captions[i:i + BATCH]                                          # draws it, it comes out the same
+        generator = torch.Generator(device).manual_seed(seeded(args.seed, "draw", i).initial_seed())
         found, visited, watched = fill(model, asked, tokens.flatten().repeat(len(asked), 1), known, generator, **how)
-        drawn.append(decode(tokenizer, found, (R, C)))
-        orders.append(visited)
-        scores = scores or watched                                             # only the first few images show them
+        drawn.append((decode(tokenizer, found, (R, C)), visited, [] if i else watched))
+    drawn, orders, (scores, *_) = zip(*in_turn(drawn))                         # only the first few images show scores
+    if process:
+        return
     images = compose(torch.cat(drawn), canvas, hidden, side / 2)
     rank = torch.full((len(images), R * C), -1).scatter_(1, torch.cat(orders), torch.arange(F).expand(len(images), F))
 

@@ -6,6 +6,7 @@ every size is easiest to check where all cases can be counted. `pytest -m slow` 
 
 import ast
 import contextlib
+import errno
 import functools
 import gzip
 import importlib
@@ -18,9 +19,11 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -31,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 
 import anyorder
 import data
@@ -212,7 +216,21 @@ def test_the_cached_path_equals_the_full_forward_pass():
             torch.testing.assert_close(drawing.next_location(), where[:, k], rtol=1e-4, atol=1e-4)
             cells = torch.stack((order[:, 8], order[:, k]), 1)             # another offer must not disturb
             torch.testing.assert_close(drawing.look(cells)[:, 1], what[:, k], rtol=1e-4, atol=1e-4)
-            drawing.place(torch.ones(5, dtype=torch.long), tokens.gather(1, order[:, k:k + 1])[:, 0])
+            drawing.place(torch.ones(5, 1, dtype=torch.long), tokens.gather(1, order[:, k:k + 1]))
+
+
+def test_cells_placed_together_enter_the_cache_as_if_drawn_one_by_one():
+    model, order = tiny(rows=3, cols=3, codebook=5, order_head=True), random_order(4, 9, torch.Generator().manual_seed(3))
+    tokens, captions = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(4)), ["sun", "", "sun", "sea"]
+    with torch.inference_mode():
+        what, _ = model(tokens, model.read(captions), order)
+        drawing, k = Drawing(model, model.read(captions)), 0
+        for n in (1, 3, 2, 1, 2):
+            cells = order[:, k:k + n]
+            logits = drawing.look(cells)               # the first of them is exact, the others do not know the first
+            torch.testing.assert_close(logits[:, 0], what[:, k], rtol=1e-4, atol=1e-4)
+            drawing.place(torch.arange(n).expand(4, n), tokens.gather(1, cells))
+            k += n
 
 
 def test_captions_change_the_distribution_and_unknown_words_read_as_none():
@@ -292,6 +310,42 @@ def test_inference_in_several_batches_gives_the_same_orders(monkeypatch):
     assert torch.equal(whole, infer_orders(model, tokens, ["sun"] * 7))
 
 
+def test_the_order_head_learns_a_rule_and_nothing_else_changes():
+    """The rule: from the bottom right to the top left. A head that learned it orders images that it has not seen."""
+    model = tiny(rows=3, cols=3, codebook=5)
+    tokens = torch.randint(5, (64, 9), generator=torch.Generator().manual_seed(0))
+    words, order = model.read([""] * 64), raster_order(64, 9).flip(1).contiguous()
+    pupil = order_infer.learn_head(model, tokens[:48], words[:48], order[:48], steps=60, quiet=True)
+    assert torch.equal(infer_orders(pupil, tokens[48:], [""] * 16, "learned"), order[48:])
+    state = pupil.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_head_orders_the_images_that_were_not_inferred(chain, tmp_path, monkeypatch, capsys):
+    """order_infer.py --fast: exact orders stay what they are, the head gives the others, --resume repeats it all."""
+    monkeypatch.setattr(order_infer, "images_at_once", lambda model: 8)
+    few, fast, parts = (start_of("order_infer", chain, tmp_path / name) for name in ("few", "fast", "parts"))
+    assert call(monkeypatch, capsys, "order_infer", "--out", few, "--limit", 20)[0] == 0
+    code, printed = call(monkeypatch, capsys, "order_infer", "--out", fast, "--limit", 20, "--fast")
+    assert code == 0 and re.search(r"validation images correlate by -?\d\.\d+", printed), printed
+    exact, whole = (torch.load(out / "orders.pt", weights_only=True) for out in (few, fast))
+    n = len(exact["order"])
+    assert whole["exact"] == n and torch.equal(whole["order"][:n], exact["order"])
+    train = (torch.load(fast / "tokens.pt", weights_only=True)["split"] == 0).nonzero()[:, 0]
+    assert set(train.tolist()) <= set(whole["index"].tolist()) and len(whole["index"]) == len(whole["index"].unique())
+    assert (whole["order"].long().sort(1).values == torch.arange(whole["order"].shape[1])).all()
+    for stops in (2, 4):                               # within the exact part, and within the head's
+        shutil.rmtree(parts)
+        start_of("order_infer", chain, parts)
+        with monkeypatch.context() as patch:
+            patch.setattr(order_infer, "on_interrupt", lambda: StopAfter(stops))
+            assert call(patch, capsys, "order_infer", "--out", parts, "--limit", 20, "--fast")[0] == 130
+        assert call(monkeypatch, capsys, "order_infer", "--out", parts, "--limit", 20, "--fast", "--resume")[0] == 0
+        assert same(fast / "orders.pt", parts / "orders.pt")
+    code, printed = call(monkeypatch, capsys, "order_infer", "--out", parts, "--limit", 0, "--fast")
+    assert code == 2 and "smaller limit" in printed
+
+
 def test_scores_on_hand_worked_distributions():
     p = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]]])
     logits = p.clamp_min(1e-30).log()
@@ -340,6 +394,23 @@ def test_location_loss_is_a_softmax_over_free_cells():
     assert loss[2] == 0
 
 
+def test_a_second_round_infers_new_orders_and_resumes_bit_for_bit(chain, tmp_path, monkeypatch, capsys):
+    flags = ("--steps", 4, "--batch", 8, "--rounds", 2)
+    one, two, parts = (start_of("finetune", chain, tmp_path / name) for name in ("one", "two", "parts"))
+    code, printed = call(monkeypatch, capsys, "finetune", "--out", two, *flags)
+    assert code == 0 and "round 2: new orders, rank correlation" in printed
+    for stop in (2, 5, 6):                             # in the first round, while inferring again, in the second round
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
+            code, printed = call(patch, capsys, "finetune", "--out", parts, *flags)
+            assert code == 130, printed
+        code, printed = call(monkeypatch, capsys, "finetune", "--out", parts, *flags, "--resume")
+        assert code == 0, printed
+        assert same(two / "ordered.pt", parts / "ordered.pt")
+    code, printed = call(monkeypatch, capsys, "finetune", "--out", one, *flags, "--order", "raster")
+    assert code == 2 and "--rounds 2" in printed and not (one / "ordered_raster.pt").exists()
+
+
 def test_finetuning_starts_from_the_any_order_model(chain):
     _, out, _ = chain
     a, b = (anyorder.load_model(out / f) for f in ("anyorder.pt", "ordered.pt"))
@@ -369,6 +440,65 @@ def test_the_order_of_a_generated_image_is_the_order_inferred_from_it(score):
     model = tiny(3, 3, codebook=7)
     tokens, order = sample.generate(model, ["sun"] * 4, "inferred", score=score, distance=0.2)
     assert torch.equal(order, infer_orders(model, tokens, ["sun"] * 4, score, 0.2))
+
+
+def test_a_few_steps_draw_few_cells_first_and_all_in_the_end():
+    assert sample.steps_of(8, 4) == [1, 1, 3, 3]
+    for cells in (1, 2, 9, 64):
+        for parallel in range(cells + 2):
+            steps = sample.steps_of(cells, parallel)
+            assert sum(steps) == cells and min(steps) > 0 and len(steps) == (parallel or cells if parallel < cells else cells)
+
+
+def test_cells_of_one_step_do_not_touch_while_there_are_others():
+    #  cells of a 3x3 grid with the scores    9 8 1      9 first; 8, 7 and 6 touch it; then 5, 4, 3 (all corners);
+    #                                         7 6 2      then the best of the rest, 8
+    #                                         5 0 4
+    near = order_infer.touching_cells(tiny(rows=3, cols=3))
+    assert near[4].tolist() == [True] * 4 + [False] + [True] * 4 and near[0].nonzero()[:, 0].tolist() == [1, 3, 4]
+    value, cells = torch.tensor([[9., 8, 1, 7, 6, 2, 5, 0, 4]]), torch.arange(9)[None]
+    assert sample.best_apart(value, cells, 4, near).tolist() == [[0, 6, 8, 2]]
+    assert sorted(sample.best_apart(value, cells, 9, near)[0].tolist()) == list(range(9))
+    assert sample.best_apart(value, cells, 1, near).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("order", ("learned", "inferred", "class"))
+def test_parallel_drawing_takes_as_many_steps_as_asked(order):
+    model = tiny(rows=3, cols=3, codebook=5, order_head=True)
+    model.about = {"caption_rank": torch.rand(1, 9), "captions": [""]}
+    looks = []
+    with model.head.register_forward_hook(lambda _, x, y: looks.append(y.shape[1])):
+        tokens, visited = sample.generate(model, [""] * 6, order=order, parallel=4, given=torch.full((6, 9), 2),
+                                   keep=torch.arange(9) == 5)
+    assert len(looks) == 1 + 4 and torch.equal(visited.sort(1).values, raster_order(6, 9))
+    assert (visited[:, 0] == 5).all() and (tokens[:, 5] == 2).all()
+    one = sample.generate(model, [""] * 6, order=order, parallel=9)
+    assert all(map(torch.equal, one, sample.generate(model, [""] * 6, order=order)))
+
+
+def test_parallel_drawing_from_the_command_line(chain, tmp_path, monkeypatch, capsys):
+    out = start_of("finetune", chain, tmp_path / "out")
+    shutil.copy(chain[1] / "ordered.pt", out)
+    code, printed = call(monkeypatch, capsys, "sample", "--out", out, "--n", 2, "--parallel", 5, "--why", 9, "--device", "cpu")
+    assert code == 0 and (out / "samples_why.png").exists() and (out / "samples.gif").exists(), printed
+
+
+def test_exploring_draws_the_location_from_the_softmax_of_its_score():
+    model, n = tiny(rows=2, cols=2, codebook=5, order_head=True), 4000
+    with torch.inference_mode():
+        p = Drawing(model, model.read([""])).next_location()[0].softmax(0)
+    first = sample.generate(model, [""] * n, order="learned", explore=1.0)[1][:, 0]
+    share = torch.bincount(first, minlength=4) / n
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()        # odds of a false alarm below 1 in 400,000
+    assert (sample.generate(model, [""] * 9, order="learned")[1][:, 0] == p.argmax()).all()
+
+
+def test_guidance_tries_the_candidates_only_with_the_caption():
+    model, seen = tiny(rows=3, cols=3, codebook=5), []
+    with model.head.register_forward_hook(lambda _, x, y: seen.append(y.shape[0] * y.shape[1])):
+        told = sample.generate(model, ["sun"] * 2, guidance=2.0)
+    assert sum(seen) == 2 * (9 * 10 // 2) + 2 * 2 * 9
+    assert torch.equal(told[1].sort(1).values, raster_order(2, 9))
 
 
 def test_likelihood_keeps_the_likeliest_draw():
@@ -624,7 +754,7 @@ def test_long_sequences_never_hold_the_square():
     assert sum(x.numel() for x in saved) < 4 * q.numel()
 
 
-@pytest.mark.parametrize("C, T", ((1, 1), (1, 30), (5, 3), (7, 64), (40, 9)))
+@pytest.mark.parametrize("C, T", ((1, 0), (5, 0), (1, 1), (1, 30), (5, 3), (7, 64), (40, 9)))
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)))
 def test_candidate_attention_equals_one_softmax_per_candidate(C, T, dtype, tolerance):
     q, k, v = qkv(3, 2, C, 8, dtype)
@@ -810,16 +940,21 @@ def test_broken_files_are_skipped_counted_and_named_once(tmp_path, capsys):
     assert all(out.count(line) == 1 for line in sets[0].skipped) and len(out.splitlines()) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_permissions_are_skipped(tmp_path):
-    for name in ("a.png", "b.png", "locked/c.png"):
-        picture(str(tmp_path / name))
-    os.chmod(tmp_path / "b.png", 0)
-    os.chmod(tmp_path / "locked", 0)
-    try:
-        assert set(everything(tmp_path)) == {"a.png"}
-    finally:
-        os.chmod(tmp_path / "locked", 0o700)
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="other systems have no such permissions")
+def test_unreadable_permissions_are_skipped():
+    with tempfile.TemporaryDirectory() as folder:      # root may read everything, so here root is nobody for a moment
+        for name in ("a.png", "b.png", "locked/c.png"):
+            picture(f"{folder}/{name}")
+        os.chmod(folder, 0o755)
+        os.chmod(f"{folder}/b.png", 0)
+        os.chmod(f"{folder}/locked", 0)
+        me = os.geteuid()
+        try:
+            os.seteuid(me or 65534)
+            assert set(everything(folder)) == {"a.png"}
+        finally:
+            os.seteuid(me)
+            os.chmod(f"{folder}/locked", 0o700)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -835,6 +970,22 @@ def test_a_data_loader_with_workers_reads_a_folder_with_broken_files(tmp_path):
     dataset = open_data(tmp_path, 8)
     batches = list(torch.utils.data.DataLoader(dataset, batch_size=7, num_workers=2))
     assert sum(len(images) for images, _ in batches) == len(dataset) == sum(len(captions) for _, captions in batches)
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="others count memory in other units")
+def test_a_folder_takes_the_memory_of_one_image_per_worker(tmp_path):
+    """40 images of 18 MB, of which the four threads that check a folder decode one each."""
+    picture(str(tmp_path / "0.png"), size=(3000, 2000))
+    for i in range(1, 40):
+        os.symlink("0.png", tmp_path / f"{i}.png")
+    program = ("import resource, sys; from data import open_data; most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "before, dataset = most(), open_data(sys.argv[1], 32)\n"
+               "n = sum(1 for i in range(len(dataset)) if dataset[i])\n"
+               "print(n, (most() - before) // 1024)")
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, cwd=HERE)
+    n, megabytes = map(int, done.stdout.split())
+    assert n > 30 and megabytes < 4 * 3 * 18           # at most the image, a copy, and the decoder
 
 
 # ---------------------------------------------------------------- IDX files
@@ -1677,6 +1828,76 @@ def test_what_is_drawn_before_what():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speed: what is compared must be the same, and what is counted must be all
+
+
+def test_the_obvious_ways_compute_what_candidate_attention_computes():
+    q, k, v = qkv(3, 2, 5, 8)
+    past = torch.randn(2, 3, 2, 20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))[:, :, :, :7]
+    for way in (evaluate.masked_candidates, evaluate.repeated_candidates):
+        torch.testing.assert_close(way(q, k, v, *past), anyorder.candidate_attention(q, k, v, *past))
+
+
+def test_multiply_adds_by_hand_and_as_torch_counts_them(monkeypatch):
+    model = tiny(rows=2, cols=2, codebook=3, layers=2).requires_grad_()    # width 32
+    B, L, N, D = 5, model.config["caption_length"], 4, 32
+    words, order = torch.zeros(B, L, dtype=torch.long), random_order(B, N)
+    products = evaluate.weight_products(model, B * (L + N), B * N)
+    square = B * (L + N) ** 2                          # the reference computes the future too
+    count = evaluate.multiply_adds(model, products, square)
+    assert count == 2 * (B * (L + N) * (3 + 1 + 4 + 4) * D * D + 2 * square * D) + B * N * D * 3
+    monkeypatch.setattr(anyorder, "fused_attention", anyorder.reference_attention)
+    with FlopCounterMode(display=False) as counter:
+        what, _ = model(torch.zeros(B, N, dtype=torch.long), words, order)
+        assert counter.get_total_flops() == 2 * count                      # an addition and a multiplication each
+        what.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * count
+
+
+def test_peak_memory_counts_what_is_alive_and_views_of_nothing_new():
+    outside = torch.zeros(10 ** 6)
+    with evaluate.PeakMemory() as memory:
+        a = outside[:1000] + 1                                             # 4,000 bytes, the slice none
+        b, parts = a.view(10, 100).double(), a.split(10)                   # 8,000 more, and none
+        assert (memory.now, memory.peak) == (12_000, 12_000)
+        del b
+        outside.add_(1)
+        c = torch.cat((a, a))                                              # takes the place of b
+        assert (memory.now, memory.peak) == (12_000, 12_000)
+        del a, c
+        assert memory.now == 4_000                     # parts still hold a
+        del parts
+    assert (memory.now, memory.peak) == (0, 12_000)
+
+
+def test_the_speed_table_is_printed_and_written_and_leaves_everything_in_place(monkeypatch, capsys, tmp_path):
+    small = {"side": 2, "width": 32, "layers": 1}
+    monkeypatch.setattr(evaluate, "SECONDS", 0)
+    monkeypatch.setattr(evaluate, "ATTENTION", {(2, 1, 5, 32): (1, 1)})
+    monkeypatch.setattr(evaluate, "LONG", (1, 2, 4096, 16))
+    monkeypatch.setattr(evaluate, "MODELS", {"cpu": {**small, "batch": 2, "draw": 2, "infer": 2},
+                                             "drawing": {**small, "draw": 2, "least": 20}})
+    ours, seen = anyorder.fused_attention, set()
+    monkeypatch.setattr(evaluate, "library_attention", lambda q, k, v, library=evaluate.library_attention: (
+        seen.add(anyorder.fused_attention), library(q, k, v))[1])
+    code, printed, _ = evaluation(monkeypatch, capsys, tmp_path / "out", "--speed")
+    assert code == 0 and anyorder.fused_attention is ours and len(seen) == 2   # in a model, and by itself
+    report = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["speed.json"]
+    assert report["command"].endswith("--speed") and report["machine"]["threads"] == torch.get_num_threads()
+    for row in report["rows"]:
+        assert row["name"] in printed and row["ours"] > 0, row
+        value = row["ours"] if row["ratio"] is None else row["ratio"]
+        bound = row["least"] if row["most"] is None else row["most"]
+        assert row["met"] is (None if bound is None else value >= bound if row["most"] is None else value <= bound)
+    assert report["rows"][-1]["met"] is True           # a count, so it holds on every machine
+    by_name = {row["name"]: row for row in report["rows"]}
+    images, all_images = (next(row for name, row in by_name.items() if text in name and row["unit"] == unit)
+                          for text, unit in (("order inference", "images/s"), ("10,000 images", "s")))
+    assert math.isclose(images["ours"] * all_images["ours"], 1e4, rel_tol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -1757,8 +1978,11 @@ def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monke
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--guidance", 2, "--inception", out / "inception.pt",
                                   "--models", f"{out}/anyorder.pt:inferred")
     report = json.loads((out / "results.json").read_text())
-    assert code == 0 and report["rows"][0]["evaluations"] == 20
+    assert code == 0 and report["rows"][0]["evaluations"] == 10 + 2 * 4
     assert " FID " in printed and "LPIPS-judge" in printed and "the judge is" not in printed
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:inferred@2")
+    row = json.loads((out / "results.json").read_text())["rows"][0]        # 4 candidates, then the other 3, drawn at once
+    assert code == 0 and row["name"] == "ordered:inferred@2" and row["evaluations"] == 4 + 3
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:class")
     assert code == 0 and "FID" not in printed and "Frechet (judge)" in printed and "the judge is" in printed
 
@@ -1792,6 +2016,8 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
                            (("--models", f"{out}/raster.pt:learned"), "knows no learned order"),
                            (("--models", f"{out}/raster.pt:frozen"), "not finetuned"),
                            (("--models", f"{out}/missing.pt:raster"), "does not exist"),
+                           (("--models", f"{out}/ordered.pt:learned@0"), "drawing takes 1 to"),
+                           (("--models", f"{out}/ordered.pt:learned@all"), "leave out @all"),
                            (("--models", f"{out}/tokenizer.pt:raster"), "tokenizer"),
                            (("--models", tmp_path / "elsewhere.pt"), "not the data"),
                            (("--lpips-backbone", "x.pth"), "both"), (("--inception", out / "raster.pt"), "leave out --inception"),
@@ -1826,6 +2052,7 @@ def studio(tmp_path_factory):
                                      "made_from": {"data": "0"}, "model": tokenizer.state_dict()})
     for name, head in (("anyorder", False), ("headed", True)):
         save_model(out / f"{name}.pt", small_model(head=head), order="random", captions=["low red sun", "red sun", "sun"],
+                   data="sunsets", step=1, tokens_seen=16, seconds=1.0,
                    made_from={"data": "0", "tokenizer": tokenizer.fingerprint, "tokens": "0"})
     sheet(render_sunset(7, 16)[0][None], 1, gap=0).save(out / "image.png")
     return out
@@ -2187,10 +2414,11 @@ def test_what_sample_cannot_do_is_said_in_one_line(studio, paint, tmp_path, flag
 # ---------------------------------------------------------------------------------------------------------------------
 # Stop and go on; more than one process
 
-STAGES = {"anyorder": ("--steps", 6, "--batch", 8, "--width", 32, "--layers", 2), "finetune": ("--steps", 6, "--batch", 8),
+STAGES = {"tokenizer": ("--size", 16, "--codebook", 16, "--steps", 50, "--batch", 4),
+          "anyorder": ("--steps", 6, "--batch", 8, "--width", 32, "--layers", 2), "finetune": ("--steps", 6, "--batch", 8),
           "order_infer": ()}
-RESULT = {"anyorder": "anyorder.pt", "finetune": "ordered.pt", "order_infer": "orders.pt"}
-FRESH = {"anyorder": ("tokenizer.pt", "tokens.pt"), "order_infer": ("tokenizer.pt", "tokens.pt", "anyorder.pt"),
+RESULT = {"tokenizer": "tokenizer.pt", "anyorder": "anyorder.pt", "finetune": "ordered.pt", "order_infer": "orders.pt"}
+FRESH = {"tokenizer": (), "anyorder": ("tokenizer.pt", "tokens.pt"), "order_infer": ("tokenizer.pt", "tokens.pt", "anyorder.pt"),
          "finetune": ("tokenizer.pt", "tokens.pt", "anyorder.pt", "orders.pt")}
 
 
@@ -2218,6 +2446,21 @@ def start_of(stage, chain, folder):
     return folder
 
 
+def flags_of(stage, chain):
+    return *STAGES[stage], *("--data", chain[0]) * (stage == "tokenizer")
+
+
+def control_c(patch, updates):
+    """A real SIGINT at the so-many-th move of a progress bar, which all stages move once a step."""
+    real, moves = data.tqdm.update, itertools.count(1)
+
+    def update(bar, n=1):
+        if next(moves) == updates:
+            signal.raise_signal(signal.SIGINT)
+        return real(bar, n)
+    patch.setattr(data.tqdm, "update", update)
+
+
 class StopAfter(list):
     """Stands for Ctrl-C after so many steps."""
 
@@ -2233,13 +2476,14 @@ class StopAfter(list):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, chain, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(order_infer, "images_at_once", lambda model: 8)
     whole, parts = (start_of(stage, chain, tmp_path / name) for name in ("whole", "parts"))
-    assert call(monkeypatch, capsys, stage, "--out", whole, *STAGES[stage])[0] == 0
+    flags = flags_of(stage, chain)
+    assert call(monkeypatch, capsys, stage, "--out", whole, *flags)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module(stage), "on_interrupt", lambda: StopAfter(5))
-        code, printed = call(patch, capsys, stage, "--out", parts, *STAGES[stage])
-    assert code == 130 and "--resume goes on from" in printed
-    assert len(list(parts.glob("*_resume.pt"))) == 1
-    code, printed = call(monkeypatch, capsys, stage, "--out", parts, *STAGES[stage], "--resume")
+        control_c(patch, 43 if stage == "tokenizer" else 4)
+        code, printed = call(patch, capsys, stage, "--out", parts, *flags)
+    left = next(parts.glob("*_resume.pt"))
+    assert code == 130 and f"python {stage}.py --resume goes on from {left}" in printed
+    code, printed = call(monkeypatch, capsys, stage, "--out", parts, *flags, "--resume")
     assert code == 0, printed
     assert same(whole / RESULT[stage], parts / RESULT[stage]) and not list(parts.glob("*_resume.pt"))
 
@@ -2254,12 +2498,114 @@ def test_resume_refuses_other_settings(chain, tmp_path, monkeypatch, capsys):
     assert code == 2 and "another lr" in printed and files_of(out) == before
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_remedy(chain, tmp_path, monkeypatch, capsys):
-    out = start_of("anyorder", chain, tmp_path / "out")
-    before, whole = files_of(out), AnyOrder.forward
-    monkeypatch.setattr(AnyOrder, "forward", lambda *a: (whole(*a)[0] * math.nan, None))
-    code, printed = call(monkeypatch, capsys, "anyorder", "--out", out, *STAGES["anyorder"])
-    assert code == 2 and "at step 0" in printed and "--lr" in printed and files_of(out) == before
+@pytest.mark.parametrize("spoil", (lambda x: x * math.nan, lambda x: x + (x * 0).sqrt()), ids=("loss", "gradient"))
+@pytest.mark.parametrize("stage", ("tokenizer", "anyorder", "finetune"))
+def test_a_loss_or_gradient_that_is_not_finite_keeps_the_last_good_model(stage, spoil, chain, tmp_path, monkeypatch, capsys):
+    """The fourth step goes wrong. The second way gives a finite loss whose derivative is not."""
+    out, calls = start_of(stage, chain, tmp_path / "out"), itertools.count()
+    monkeypatch.setattr(importlib.import_module(stage), "SAVE_EVERY", -1)
+    if stage == "tokenizer":
+        loss = Tokenizer.loss
+        monkeypatch.setattr(Tokenizer, "loss", lambda *a: spoil(loss(*a)) if next(calls) == 3 else loss(*a))
+    else:
+        whole = AnyOrder.forward
+
+        def forward(*a):
+            what, where = whole(*a)
+            return spoil(what) if torch.is_grad_enabled() and next(calls) == 3 else what, where
+        monkeypatch.setattr(AnyOrder, "forward", forward)
+    code, printed = call(monkeypatch, capsys, stage, "--out", out, *flags_of(stage, chain))
+    assert code == 2 and "nan" in printed and "at step 3" in printed and "try " in printed
+    kept = [out / RESULT[stage]] * (stage != "tokenizer") + list(out.glob("*_resume.pt"))
+    assert all(tensor.isfinite().all() for path in kept for tensor in tensors_of(path).values())
+    assert torch.load(kept[-1], weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("stage", ("tokenizer", "anyorder", "finetune"))
+def test_gradients_are_clipped(stage, chain, tmp_path, monkeypatch, capsys):
+    out, norms, clip = start_of(stage, chain, tmp_path / "out"), [], torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, most):
+        parameters = [p for p in parameters if p.grad is not None]
+        for p in parameters:
+            p.grad *= 1e4
+        before = clip(parameters, most)
+        norms.append((before.item(), torch.cat([p.grad.flatten() for p in parameters]).norm().item()))
+        return before
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    assert call(monkeypatch, capsys, stage, "--out", out, *flags_of(stage, chain), "--steps", 2)[0] == 0
+    assert len(norms) == 2 and all(before > 10 and after < 1.001 for before, after in norms)
+
+
+def test_bfloat16_only_where_it_is_faster(monkeypatch):
+    clock = iter(range(10 ** 6))
+    monkeypatch.setattr(anyorder.time, "perf_counter", lambda: next(clock))
+    assert anyorder.precision(torch.device("cpu")) == torch.float32        # not faster
+    assert anyorder.precision(torch.device("mps")) == torch.float32
+    seconds = iter([0, 9] * 5 + [0, 1] * 5)
+    monkeypatch.setattr(anyorder.time, "perf_counter", lambda: next(seconds))
+    assert anyorder.precision(torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_during_a_stage_leaves_the_last_good_files(stage, chain, tmp_path, monkeypatch, capsys):
+    out = start_of(stage, chain, tmp_path / "out")
+    assert call(monkeypatch, capsys, stage, "--out", out, *flags_of(stage, chain))[0] == 0
+    before = files_of(out)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(data.os, "fsync", full)
+    code, printed = call(monkeypatch, capsys, stage, "--out", out, *flags_of(stage, chain))
+    assert code == 2 and files_of(out) == before
+    assert [line for line in printed.splitlines() if line.startswith("error: ") and "No space left on device" in line]
+
+
+def test_a_file_that_claims_a_billion_channels_or_layers_takes_no_memory(chain, tmp_path):
+    for name, reader in (("tokenizer", load_tokenizer), ("anyorder", load_model)):
+        file = torch.load(chain[1] / f"{name}.pt", weights_only=True)
+        for key in set(file["config"]) & {"width", "layers", "codebook", "size", "rows", "dim", "downsample"}:
+            for value in (10 ** 9, -1, 2.5, "8", None):
+                save(tmp_path / "a.pt", {**file, "config": {**file["config"], key: value}})
+                with pytest.raises(UserError, match=f"damaged.*python {name}.py again"):
+                    reader(tmp_path / "a.pt")
+
+
+READERS = {"tokenizer": ("sample", "order_infer"), "tokens": ("anyorder", "order_infer", "finetune"),
+           "anyorder": ("order_infer", "finetune"), "orders": ("finetune",), "ordered": ("sample",)}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_spoilt_file_of_the_chain_gives_one_line_and_changes_nothing(name, chain, tmp_path, monkeypatch, capsys):
+    """Cut, with one bit turned, of another kind, or written by a stranger: with a key missing, or with nonsense in it."""
+    out = tmp_path / "out"
+    shutil.copytree(chain[1], out)
+    good, file = (out / f"{name}.pt").read_bytes(), torch.load(out / f"{name}.pt", weights_only=True)
+    spoilt = [b"", good[:len(good) // 2], good[:-1], good[:300] + bytes([good[300] ^ 4]) + good[301:]]
+    spoilt += [(out / f"{other}.pt").read_bytes() for other in READERS if other != name]
+    for key in file:
+        for value in (None, "x", torch.full((3, 3), 10 ** 9)):
+            save(out / "spoilt.pt", {k: v for k, v in file.items() if k != key} | ({} if value is None else {key: value}))
+            spoilt.append((out / "spoilt.pt").read_bytes())
+    (out / "spoilt.pt").unlink()
+    refused = 0
+    for raw in spoilt:
+        (out / f"{name}.pt").write_bytes(raw)
+        before = files_of(out)
+        for script in READERS[name]:
+            flags = {"sample": ("--n", 1, "--animate", 0), "anyorder": STAGES["anyorder"]}.get(script, ())
+            code, printed = call(monkeypatch, capsys, script, "--out", out, *flags, *("--steps", 1) * (script in STAGES
+                                 and script != "order_infer"))
+            assert code in (0, 2) and "Traceback" not in printed
+            if code == 2:                                  # else a key that this reader does not need
+                assert printed.strip().splitlines()[-1].startswith("error: ") and files_of(out) == before
+                refused += 1
+            else:
+                for path in set(files_of(out)) - set(before):
+                    (out / path).unlink()
+                for path, content in before.items():
+                    (out / path).write_bytes(content)
+    assert refused > len(spoilt) // 2
 
 
 def test_models_and_orders_of_other_tokens_are_refused(chain, tmp_path, monkeypatch, capsys):
@@ -2275,37 +2621,112 @@ def test_models_and_orders_of_other_tokens_are_refused(chain, tmp_path, monkeypa
         assert code == 2 and "another tokens.pt" in printed and files_of(other) == before
 
 
-def test_two_processes_train_like_one(chain, tmp_path):
-    one, two = (start_of("anyorder", chain, tmp_path / name) for name in ("one", "two"))
-    command("anyorder", "--out", one, "--device", "cpu", *STAGES["anyorder"])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-                           str(HERE / "anyorder.py"), "--out", str(two), "--device", "cpu",
-                           *map(str, STAGES["anyorder"])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("16 codes") == 1          # rank 0 alone prints
-    a, b = (tensors_of(folder / "anyorder.pt") for folder in (one, two))
+def torchrun(program, *lines):
+    """Two processes, each on one thread, that call the scripts of `lines` in turn: one start of Python for all of them."""
+    program = ("import importlib, json, os, signal, sys; import anyorder, data, order_infer, sample\n" + program +
+               "\nfor script, *flags in json.loads(sys.argv[1]):\n"
+               "    sys.argv = [script + '.py', *flags, '--device', 'cpu']\n"
+               "    data.run(importlib.import_module(script).main)")
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+                           sys.executable, "-c", program, json.dumps([[str(word) for word in line] for line in lines])],
+                          cwd=HERE, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def close(a, b):
+    """Equal up to the order of summation."""
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_do_what_one_does(chain, tmp_path, monkeypatch, capsys):
+    """The later half of the any-order training, which one process began, order inference, finetuning, and then samples and
+    evaluation of the same models."""
+    small = "order_infer.images_at_once, sample.BATCH = lambda model: 9, 2"    # so that there is something to share
+    monkeypatch.setattr(order_infer, "images_at_once", lambda model: 9)
+    monkeypatch.setattr(sample, "BATCH", 2)
+    torch.set_num_threads(1)
+    lines = {}
+    for side in ("one", "two"):
+        stages = {stage: start_of(stage, chain, tmp_path / (side + stage)) for stage in ("anyorder", "order_infer", "finetune")}
+        shutil.copytree(chain[1], tmp_path / (side + "out"))
+        out = tmp_path / (side + "out")
+        lines[side] = [[stage, "--out", stages[stage], *STAGES[stage]] for stage in stages] + [
+            ["sample", "--out", out, "--n", 5], ["sample", "--out", out, "--likelihood", chain[0] / "003.png"],
+            ["evaluate", "--out", out, "--n", 10, "--batch", 3, "--models", *(f"{out}/{m}" for m in (
+                "anyorder.pt:random", "anyorder.pt:inferred", "ordered.pt:learned"))]]
+    printed = [call(monkeypatch, capsys, *line, "--device", "cpu") for line in lines["one"]]
+    assert all(code == 0 for code, _ in printed)
+    with monkeypatch.context() as patch:
+        control_c(patch, 3)
+        assert call(patch, capsys, *lines["two"][0], "--device", "cpu")[0] == 130
+    torch.set_num_threads(2)
+    lines["two"][0].append("--resume")
+    done = torchrun(small, *lines["two"])
+    assert done.returncode == 0, done.stderr
+    for text in ("16 codes", "mean rank of each cell", "to check; before", "5 images in learned", "nats per token, caption",
+                 "10 images drawn per row"):
+        assert done.stdout.count(text) == 1            # rank 0 alone prints
+    for stage in ("anyorder", "order_infer", "finetune"):
+        close(*(tmp_path / (side + stage) / RESULT[stage] for side in ("one", "two")))
+    for name in ("samples.png", "samples_order.png", "samples.gif", "compare.png", "likelihood.png", "judge.pt"):
+        one, two = ((tmp_path / (side + "out") / name).read_bytes() for side in ("one", "two"))
+        assert one == two, name
+    one, two = (json.loads((tmp_path / (side + "out") / "results.json").read_text()) for side in ("one", "two"))
+    for report in (one, two):
+        del report["command"]
+        for row in report["rows"]:
+            assert row.pop("images_per_second") > 0
+    assert one == two and len(one["rows"]) == 3
+
+
+def test_ctrl_c_in_one_of_two_processes_stops_both_after_the_same_step(chain, tmp_path, monkeypatch, capsys):
+    one, two = (start_of("anyorder", chain, tmp_path / name) for name in ("one", "two"))
+    assert call(monkeypatch, capsys, "anyorder", "--out", one, *STAGES["anyorder"])[0] == 0
+    third = ("rate = anyorder.learning_rate\n"
+             "anyorder.learning_rate = lambda step, *a: [os.environ['RANK'] == '1' and step == 2 and "
+             "os.kill(os.getpid(), signal.{}), rate(step, *a)][1]")
+    line = ["anyorder", "--out", two, *STAGES["anyorder"]]
+    done = torchrun(third.format("SIGINT"), line)
+    assert done.returncode != 0 and done.stdout.count("stopped at step 3: python anyorder.py --resume goes on") == 1
+    assert done.stderr.count("stopped") == 1 and "gloo" not in done.stderr
+    code, printed = call(monkeypatch, capsys, *line, "--resume")               # one process goes on where two stopped
+    assert code == 0, printed
+    close(one / "anyorder.pt", two / "anyorder.pt")
+    # and one that dies takes the other with it, soon, and both say so
+    began = time.time()
+    done = torchrun(third.format("SIGKILL"), line)
+    assert done.returncode != 0 and time.time() - began < 60
+    assert "error: another process of this run has died" in done.stderr and re.search(r"exitcode *: -9", done.stderr)
+    assert "RuntimeError" not in done.stderr and load_model(two / "anyorder.pt").about["step"] == 2
 
 
 @slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(stage, chain, tmp_path):
     """SIGKILL at 20 random moments of a run that saves after every step; whatever is on the disk then can be resumed."""
-    program = (f"import sys, data, order_infer, {stage}; {stage}.SAVE_EVERY = 0; order_infer.images_at_once = lambda m: 2; "
+    program = (f"import sys, data, order_infer, {stage}; {stage}.SAVE_EVERY = -1; order_infer.images_at_once = lambda m: 1; "
                f"sys.argv[0] = '{stage}.py'; data.run({stage}.main)")
-    flags = [str(flag) for flag in STAGES[stage]]
+    flags = [str(flag) for flag in flags_of(stage, chain)] + ["--steps", "100"] * (stage != "order_infer")
     run = lambda out, *more: subprocess.Popen([sys.executable, "-c", program, "--out", str(out), *flags, *more], cwd=HERE,
                                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def begun(process, out):
+        """Waits until it writes something: a kill while Python starts would prove nothing."""
+        at = out.stat().st_mtime_ns
+        while process.poll() is None and out.stat().st_mtime_ns == at:
+            time.sleep(0.001)
+        return process
     whole = start_of(stage, chain, tmp_path / "whole")
-    started = time.time()
-    assert run(whole).wait() == 0
+    process, started = begun(run(whole), whole), time.time()
+    assert process.wait() == 0
     seconds, random = time.time() - started, torch.Generator().manual_seed(0)
     out, kills = start_of(stage, chain, tmp_path / "out"), 0
     while kills < 20:
-        process = run(out, *["--resume"] * any(out.glob("*_resume.pt")))
+        process = begun(run(out, *["--resume"] * any(out.glob("*_resume.pt"))), out)
         try:
-            process.wait(seconds * (0.3 + 0.7 * torch.rand((), generator=random).item()))
+            process.wait(seconds / 2 * torch.rand((), generator=random).item())
             assert process.returncode == 0, process.stderr.read()
             assert same(whole / RESULT[stage], out / RESULT[stage])        # done before it was killed: begin again
             shutil.rmtree(out)

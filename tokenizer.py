@@ -26,6 +26,7 @@ texture at many times the cost.
 import hashlib
 import math
 import os
+import signal
 import time
 from functools import lru_cache
 
@@ -35,8 +36,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (UserError, arguments, describe, fingerprint, load, open_data, pick_device, printable, run, save,
-                  sheet, to_float)
+from data import (UserError, arguments, describe, fingerprint, load, on_interrupt, open_data, pick_device, printable,
+                  restore, run, save, save_picture, sheet, to_float)
 
 WIDTH, FINE = 96, 32            # channels at the resolution of the tokens, and at twice that in the decoder
 DIM = 16                        # dimensions of a code
@@ -226,12 +227,13 @@ class Tokenizer(nn.Module):
 
 def load_tokenizer(path, device="cpu"):
     """The Tokenizer in a file that this script wrote, ready to use: no dropout, no gradients."""
-    saved = load(path, "tokenizer", "python tokenizer.py")
-    try:
-        model = Tokenizer(saved["config"])
-        model.load_state_dict(saved["model"])
-    except Exception:  # missing keys, other shapes
-        raise UserError(f"{printable(path)} is not a whole tokenizer: run python tokenizer.py again") from None
+    def checked(config):
+        check(config["size"], config["downsample"], config["codebook"], steps=1, batch=1, limit=0)
+        if config["size"] > 4096:                                # which open_data does not read
+            raise ValueError
+        return Tokenizer(config)
+
+    model = restore(checked, load(path, "tokenizer", "python tokenizer.py"), path, "python tokenizer.py")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -264,7 +266,12 @@ def batches(dataset, index_lists):
     """Reads images only as they are needed, in two other processes if it is worth starting them. For each list of
     indices: (uint8 [B, 3, H, W], list of captions)."""
     workers = 2 if sum(map(len, index_lists)) >= 2000 else 0
-    return DataLoader(dataset, batch_sampler=index_lists, num_workers=workers, collate_fn=collate)
+    return DataLoader(dataset, batch_sampler=index_lists, num_workers=workers, collate_fn=collate,
+                      worker_init_fn=leave_interrupts)
+
+
+def leave_interrupts(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C reaches all processes; the parent decides
 
 
 def collate(items):
@@ -314,17 +321,19 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
     if resume:
         print(f"resuming at step {first:,}" if first else f"nothing to resume in {printable(out)}: starting afresh")
 
+    stop = on_interrupt()
     plan = [[learn[i] for i in batch_of(step, batch, len(learn), seed)] for step in range(first, steps)]
     with tqdm(total=steps * batch, initial=first * batch, desc="tokenizer", unit="img") as bar:
         for step, (images, _) in enumerate(batches(dataset, plan), first):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             loss = model.loss(to_float(images.to(device)), step, seed)
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}: try a larger --batch or another --seed")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: try a larger "
+                                "--batch or another --seed")
             optimizer.step()
             bar.update(len(images))
             if step % 20 == 0:
@@ -332,11 +341,16 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
             if (step + 1) % max(steps // 4, 100) == 0:
                 quality = read(model, dataset, look, compare=True)[2]
                 tqdm.write(f"step {step + 1:,}: validation PSNR {quality:.2f} dB")
-            if time.time() - saved_at > SAVE_EVERY:
+            if stop or step + 1 == steps or time.time() - saved_at > SAVE_EVERY:
                 save(path, dict(kind="tokenizer_resume", version=1, config=asked, step=step + 1,
                                 made_from=dict(data=dataset.fingerprint), model=model.state_dict(),
                                 optimizer=optimizer.state_dict()))
                 saved_at = time.time()
+            if stop:
+                bar.close()
+                print(f"stopped at step {step + 1:,}: python tokenizer.py --resume goes on from {printable(path)}")
+                raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # to encode again is little work: Ctrl-C ends it at once
     return model
 
 
@@ -388,7 +402,7 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, 
         caption_index=torch.tensor([place[caption] for caption in captions], dtype=torch.int32)))
     some = to_float(torch.stack([shown[i][0] for i in pick[::max(1, len(pick) // 32)][:32]])).to(device)
     pairs = torch.stack([some, model.decode(model.encode(some))], 1).flatten(0, 1)     # original, reconstruction, ...
-    sheet(pairs, 8, max(1, 96 // size)).save(os.path.join(out, "reconstructions.png"))
+    save_picture(os.path.join(out, "reconstructions.png"), sheet(pairs, 8, max(1, 96 // size)))
     if os.path.exists(resume_path(out)):
         os.remove(resume_path(out))
     print(f"wrote tokenizer.pt, tokens.pt, reconstructions.png to {printable(out)} in {time.time() - began:.0f} s, "
