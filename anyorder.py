@@ -17,7 +17,7 @@ grid and as seen from the last one (the paper's double position):
 
 reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
-run      python anyorder.py                        built-in sunsets: 3 minutes for the tokenizer, 5 to train, on two CPU cores
+run      python anyorder.py                        built-in sunsets: tokenizer 3 minutes, training 5, on two CPU cores
          python anyorder.py --data path/to/images  your own; folders and IDX files (see data.py)
 you see  samples in random order on out/anyorder.png: sun, sky and sea are there, some details do not fit yet
 not here choosing an order (order_infer.py), learning from it (finetune.py), guidance and completion (sample.py)
@@ -67,7 +67,8 @@ def rank_of(order):
         1 3
         0 2        (what the grid looks like when each cell shows the step at which it is drawn)
     """
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,10 +83,11 @@ def reference_attention(q, k, v):
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
 
-# A library kernel has to serve every mask and size. This one knows that it is causal, and where the time goes on a CPU: not
-# into arithmetic but into moving scores through memory. So it works on tiles, some images and heads at a time, whose
-# scores fit into a core's cache, and within a tile on blocks of query rows: rows start..end see the keys 0..end, and what
-# lies behind is never computed. All that remains are batched matrix products, which the CPU's library does best.
+# A library kernel has to serve every mask and size. This one knows that it is causal, and where the time goes on a
+# CPU: not into arithmetic but into moving scores through memory. So it works on tiles, some images and heads at a
+# time, whose scores fit into a core's cache, and within a tile on blocks of query rows: rows start..end see the keys
+# 0..end, and what lies behind is never computed. All that remains are batched matrix products, which the CPU's
+# library does best.
 
 TILE = 2 ** 18      # scores per tile: 1 MB of float32
 
@@ -114,7 +116,7 @@ def block_probs(q, k, start, end, future):
 class FusedAttention(torch.autograd.Function):
     """With P = softmax(Q K^T / sqrt(d)) and O = P V, the gradients are (dO is given)
 
-        dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
+        dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(P * dP))    dQ = dS K / sqrt(d)    dK = dS^T Q / sqrt(d)
 
     Short sequences keep P for the backward pass. Long ones (T > 4 d) compute it again, block by block, so that never
     more than one block of it exists: the memory grows with T, not with T^2.
@@ -165,8 +167,8 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(q, k, v):
-    """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as they
-    like -> [B, heads, T, d]. Differentiable once."""
+    """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as
+    they like -> [B, heads, T, d]. Differentiable once."""
     with torch.autocast(q.device.type, enabled=False):
         return FusedAttention.apply(q, k, v)
 
@@ -174,8 +176,8 @@ def fused_attention(q, k, v):
 def candidate_attention(q, k, v, prefix_k, prefix_v):
     """C candidates for the next step: each attends to the shared prefix and to itself, not to the other candidates.
 
-    q, k, v [B, heads, C, d], prefix_k, prefix_v [B, heads, T, d] (say, slices of a larger cache) -> [B, heads, C, d]. One
-    softmax over T + 1 keys; the prefix is never copied and there is no mask. For inference: no backward pass.
+    q, k, v [B, heads, C, d], prefix_k, prefix_v [B, heads, T, d] (say, slices of a larger cache) -> [B, heads, C, d].
+    One softmax over T + 1 keys; the prefix is never copied and there is no mask. For inference: no backward pass.
     """
     (B, heads, C, d), T = q.shape, prefix_k.shape[2]
     if T == 0:
@@ -228,8 +230,8 @@ class Block(nn.Module):
 class AnyOrder(nn.Module):
     """The any-given-order transformer.
 
-    config: rows, cols (grid), codebook V, width D (a multiple of 32), layers, order_head (bool), words (list of str, the
-    vocabulary), caption_length L.
+    config: rows, cols (grid), codebook V, width D (a multiple of 32), layers, order_head (bool), words (list of str,
+    the vocabulary), caption_length L.
     tokens [B, N] int64 in 0..V-1, always in raster layout; order [B, N] int64 permutations; captions: B strings.
     """
 
@@ -284,13 +286,14 @@ class AnyOrder(nn.Module):
         return self.next(following) + self.relative(self.hop[cell, following])
 
     def forward(self, tokens, words, order):
-        """tokens [B, N], words [B, L], order [B, N] -> (what [B, N, V], where [B, N, N] or None): at each step k, logits
-        for the content of cell o_k, and, where the model has an order head, logits for o_k itself. The second must not
-        know o_k: it reads the output of step k - 1 and what was drawn there, and nothing of step k.
+        """tokens [B, N], words [B, L], order [B, N] -> (what [B, N, V], where [B, N, N] or None): at each step k,
+        logits for the content of cell o_k, and, where the model has an order head, logits for o_k itself. The second
+        must not know o_k: it reads the output of step k - 1 and what was drawn there, and nothing of step k.
         """
         L = words.shape[1]
         content = tokens.gather(1, order)                                  # [B, N], by step
-        drawn = self.embed_drawn(F.pad(content[:, :-1], (1, 0), value=self.V), F.pad(order[:, :-1], (1, 0), value=self.N))
+        drawn = self.embed_drawn(F.pad(content[:, :-1], (1, 0), value=self.V),
+                                 F.pad(order[:, :-1], (1, 0), value=self.N))
         following = self.embed_next(F.pad(order[:, :-1], (1, 0), value=self.N), order)
         x = torch.cat((self.embed_words(words), drawn + following), 1)     # [B, L + N, D]
         for block in self.blocks:
@@ -312,14 +315,14 @@ class AnyOrder(nn.Module):
 class Drawing:
     """B images being drawn: the model with its key/value cache. The cached twin of `forward`.
 
-        drawing = Drawing(model, words)             words [B, L] from model.read(captions)
-        logits = drawing.look(cells)                cells [B, C]: what would be drawn there? -> [B, C, V]; changes nothing
-        drawing.place(choice, token)                of the cells just looked at, take numbers choice [B, n], draw token [B, n]
+        drawing = Drawing(model, words)     words [B, L] from model.read(captions)
+        logits = drawing.look(cells)        cells [B, C]: what would be drawn there? -> [B, C, V]; changes nothing
+        drawing.place(choice, token)        of the cells just looked at, take numbers choice [B, n], draw token [B, n]
 
     The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
     attends to it and to itself, and only the keys and values of the chosen one are kept. One cell is placed at a time,
-    or several (n > 1), which then come after one another as if they had been drawn so: the next look first runs the inputs
-    that lead from each of them to the next, all in the same pass.
+    or several (n > 1), which then come after one another as if they had been drawn so: the next look first runs the
+    inputs that lead from each of them to the next, all in the same pass.
     """
 
     def __init__(self, model, words):
@@ -341,19 +344,21 @@ class Drawing:
 
     def look(self, cells):
         x = torch.cat((self.waiting, self.drawn + self.model.embed_next(self.cell, cells)), 1)      # [B, w + C, D]
-        w = self.waiting.shape[1]
-        past, self.t = slice(self.t, self.t + w), self.t + w
+        w, only = self.waiting.shape[1], cells.shape[1] == 1
+        start, sure, self.t = self.t, w + only, self.t + w                 # a single candidate enters the cache at once
+        seen = torch.ones(sure, start + sure, dtype=torch.bool, device=x.device).tril(start) if sure > 1 else None
         self.cells, self.offered, self.waiting = cells, [], self.waiting[:, :0]
         for i, block in enumerate(self.model.blocks):
             q, k, v = block.split(x)                                       # [B, heads, w + C, d]
-            self.k[i, :, :, past], self.v[i, :, :, past] = k[:, :, :w], v[:, :, :w]
-            old_k, old_v = self.k[i, :, :, :self.t], self.v[i, :, :, :self.t]
-            y = candidate_attention(q[:, :, w:], k[:, :, w:], v[:, :, w:], old_k, old_v)
-            if w:                                                          # these see the cache, and each other backwards
-                seen = torch.ones(w, self.t, dtype=torch.bool, device=x.device).tril(self.t - w)
-                y = torch.cat((F.scaled_dot_product_attention(q[:, :, :w], old_k, old_v, attn_mask=seen), y), 2)
-            x = block.merge(x, y)
-            self.offered.append((k[:, :, w:], v[:, :, w:]))
+            self.k[i, :, :, start:start + sure], self.v[i, :, :, start:start + sure] = k[:, :, :sure], v[:, :, :sure]
+            old_k, old_v, y = self.k[i, :, :, :start + sure], self.v[i, :, :, :start + sure], []
+            # these see the cache, and each other backwards
+            if sure:
+                y.append(F.scaled_dot_product_attention(q[:, :, :sure], old_k, old_v, attn_mask=seen))
+            if not only:
+                self.offered.append((k[:, :, w:], v[:, :, w:]))
+                y.append(candidate_attention(q[:, :, w:], *self.offered[i], old_k, old_v))
+            x = block.merge(x, torch.cat(y, 2))
         self.after = self.model.norm(x[:, w:])                             # [B, C, D]
         return self.model.head(self.after)
 
@@ -414,7 +419,7 @@ def join(device):
 
 
 def interrupted(asked, device):
-    """Whether Ctrl-C was pressed, in any process: all have to leave after the same step, or some would wait for ever."""
+    """Whether Ctrl-C was pressed, in any process: all must leave after the same step, or some would wait for ever."""
     if not dist.is_initialized():
         return bool(asked)
     some = torch.tensor(int(bool(asked)), device=device)
@@ -514,8 +519,8 @@ def loss_curve(history, path, floor=None):
         pen.text((4, y(value) - 6), f"{value:.2f}", fill="black")
     pen.text((edge, H - 30), "0", fill="black")
     pen.text((W - 60, H - 30), f"step {last}", fill="black")
-    pen.text((W // 2 - 150, H - 30), "nats per token: grey training, red held out" + (", dashed ln(V)" if floor else ""),
-             fill="black")
+    pen.text((W // 2 - 150, H - 30),
+             "nats per token: grey training, red held out" + (", dashed ln(V)" if floor else ""), fill="black")
     if floor:
         for left in range(edge, W - 12, 12):
             pen.line((left, y(floor), left + 6, y(floor)), fill="grey")
@@ -545,7 +550,8 @@ def main():
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least {least}")
     if args.width < HEAD or args.width % HEAD:
-        raise UserError(f"--width {args.width} is not a multiple of {HEAD}: try {max(1, round(args.width / HEAD)) * HEAD}")
+        raise UserError(f"--width {args.width} is not a multiple of {HEAD}: "
+                        f"try {max(1, round(args.width / HEAD)) * HEAD}")
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.001")
     device = pick_device(args.device)
@@ -555,7 +561,8 @@ def main():
 
     # tokens: made here where they are missing, or were made from other data than was asked for
     path = os.path.join(args.out, "tokens.pt")
-    if not os.path.exists(path) or (args.data and load_tokens(path)["made_from"]["data"] != open_data(args.data).fingerprint):
+    if not os.path.exists(path) or (
+            args.data and load_tokens(path)["made_from"]["data"] != open_data(args.data).fingerprint):
         if rank == 0:
             print(f"{path} {'was made from other data' if os.path.exists(path) else 'does not exist'}: "
                   f"training a tokenizer first")
@@ -581,7 +588,8 @@ def main():
     name = "anyorder" if args.order == "random" else "raster"
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
     made_from = {**held["made_from"], "tokens": held["fingerprint"]}
-    settings = {**model.config, **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
+    settings = {**model.config,
+                **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
     parameters = sum(p.numel() for p in model.parameters())
     kind = precision(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
@@ -590,7 +598,8 @@ def main():
         file = load(unfinished, "unfinished", "python anyorder.py without --resume")
         if file["config"] != settings or file["made_from"] != made_from:
             other = [k for k in settings if file["config"].get(k) != settings[k]] or ["tokens.pt"]
-            raise UserError(f"{unfinished} was begun with another {', '.join(other)}: repeat its flags, or leave out --resume")
+            raise UserError(f"{unfinished} was begun with another {', '.join(other)}: "
+                            "repeat its flags, or leave out --resume")
         model.load_state_dict(file["model"])
         optimizer.load_state_dict(file["optimizer"])
         step, best, history, seconds = file["step"], file["best"], file["history"], file["seconds"]
@@ -612,7 +621,7 @@ def main():
     while step < args.steps:
         start = time.time()
         chance = seeded(args.seed, step)                                                   # the same on every process
-        pick = train[batch_of(step, args.batch, len(train), args.seed)]    # step and seed alone decide: --resume repeats it
+        pick = train[batch_of(step, args.batch, len(train), args.seed)]    # by step and seed alone: --resume repeats it
         order = orders(args.batch, N, chance)
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         mine = slice(rank, None, world)                                                    # each takes its share
@@ -644,7 +653,8 @@ def main():
                     save_model(target, model, made_from=made_from, order=args.order, step=step, held_out=value,
                                batch=args.batch, tokens_seen=step * args.batch * N, seconds=seconds, data=grid["data"],
                                captions=held["captions"])
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s",
+                            refresh=False)
         leave = interrupted(stop, device)
         if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
             remember()

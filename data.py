@@ -261,8 +261,8 @@ def load(path, kind, made_by):
 
 
 def restore(make, file, path, made_by):
-    """The network `make(config)` with the weights of a file that `load` has read. Sizes are compared before any memory is
-    taken for them. UserError if they do not fit."""
+    """The network `make(config)` with the weights of a file that `load` has read. Sizes are compared before any memory
+    is taken for them. UserError if they do not fit."""
     try:
         if file["config"].get("layers", 0) > len(file["model"]):  # a billion, even without weights, would take for ever
             raise ValueError
@@ -274,7 +274,8 @@ def restore(make, file, path, made_by):
         network.load_state_dict(file["model"])
         return network
     except Exception:  # a config may hold anything
-        raise UserError(f"{printable(path)} is damaged, its config and weights do not fit: run {made_by} again") from None
+        raise UserError(f"{printable(path)} is damaged, its config and weights do not fit: "
+                        f"run {made_by} again") from None
 
 
 # ------------------------------------------------------------------------------- one image file

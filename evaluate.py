@@ -16,11 +16,11 @@ Without weights to load, the features are those of a small *judge* network, trai
 distance ranks models on one data set; it is never called FID. `--inception` takes the network that defines FID.
 
 reads    models (.pt of anyorder.py and finetune.py), out/tokenizer.pt, the images
-writes   out/judge.pt, out/results.json, out/results.png (main figures as bars), out/compare.png (the same captions drawn
-         in each order, with the orders)
-run      python evaluate.py                                            all models in out/, 500 images each
+writes   out/judge.pt, out/results.json, out/results.png (main figures as bars), out/compare.png (the same captions
+         drawn in each order, with the orders)
+run      python evaluate.py                                           all models in out/, 500 images each
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
-         python evaluate.py --speed                                    speed and memory, 3 minutes; writes out/speed.json
+         python evaluate.py --speed                                   speed and memory, 3 minutes; writes out/speed.json
 you see  the table, and below it whether the judge can be trusted
 not here training the models (anyorder.py, finetune.py); what people think of the images
 """
@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 import anyorder
 from anyorder import in_turn, join, load_model, rank_of
-from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable, render_sunset,
-                  replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
+from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable,
+                  render_sunset, replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
 from order_infer import infer_orders, order_maps, rank_correlation
 from sample import ORDERS, generate
 from tokenizer import load_tokenizer, seeded
@@ -59,7 +59,8 @@ NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot 
 SAMPLE = 256         # completions per row, and orders that are compared between rows, at most
 # What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
 # any-order model, from whose choices the finetuned one has learned
-SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"], "inferred": ["learned", "frozen", "inferred", "class"]}
+SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"],
+            "inferred": ["learned", "frozen", "inferred", "class"]}
 COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
            "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
            "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
@@ -102,8 +103,8 @@ def frechet_distance(a, b):
 
 
 def kernel_distance(a, b, block=2048):
-    """KID, the unbiased squared MMD of features a [n, f] and b [m, f] with kernel (x.y / f + 1)^3: a float, which may be
-    slightly negative. Over all pairs, where the usual code averages random subsets."""
+    """KID, the unbiased squared MMD of features a [n, f] and b [m, f] with kernel (x.y / f + 1)^3: a float, which may
+    be slightly negative. Over all pairs, where the usual code averages random subsets."""
     def total(x, y):
         return sum(((u.double() @ v.double().T / x.shape[1] + 1) ** 3).sum().item()
                    for u in x.split(block) for v in y.split(block))
@@ -115,15 +116,16 @@ def kernel_distance(a, b, block=2048):
 
 
 def precision_recall(real, drawn, k=NEIGHBOURS, block=1024):
-    """Share of `drawn` [m, f] within the k-th nearest neighbour ball of any of `real` [n, f], and the reverse: (precision,
-    recall) in 0..1. Precision is quality, recall is diversity."""
+    """Share of `drawn` [m, f] within the k-th nearest neighbour ball of any of `real` [n, f], and the reverse:
+    (precision, recall) in 0..1. Precision is quality, recall is diversity."""
     real, drawn = real - real.mean(0), drawn - real.mean(0)                # the distances stay, float32 loses less
 
     def radii(x):                                      # k + 1, as the nearest of all is the image itself
         return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(block)])
 
     def covered(points, x, radius):
-        return torch.cat([(torch.cdist(part, x) <= radius).any(1) for part in points.split(block)]).double().mean().item()
+        return torch.cat([(torch.cdist(part, x) <= radius).any(1)
+                          for part in points.split(block)]).double().mean().item()
     return covered(drawn, real, radii(real)), covered(real, drawn, radii(drawn))
 
 
@@ -163,8 +165,9 @@ class AlexNet(nn.Module):
 
 
 def load_lpips(backbone, linear, device="cpu"):
-    """AlexNet with the weights of torchvision's alexnet (`backbone`) and .weights from the lpips package's v0.1/alex.pth
-    (`linear`). Strict, since a missing or additional weight would give plausible, wrong distances: UserError."""
+    """AlexNet with the weights of torchvision's alexnet (`backbone`) and .weights from the lpips
+    package's v0.1/alex.pth (`linear`). Strict, since a missing or additional weight would give
+    plausible, wrong distances: UserError."""
     net = AlexNet()
     shapes = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
     for path, what in ((backbone, "torchvision's alexnet"), (linear, "the linear weights of LPIPS v0.1 for alexnet")):
@@ -175,8 +178,8 @@ def load_lpips(backbone, linear, device="cpu"):
             elif {k: tuple(v.shape) for k, v in state.items()} != shapes:
                 raise ValueError
         except Exception:                              # a foreign file fails in a hundred ways
-            raise UserError(f"{printable(path)} does not hold {what}: --lpips-backbone takes torchvision's alexnet .pth, "
-                            "--lpips-linear the lpips package's weights/v0.1/alex.pth") from None
+            raise UserError(f"{printable(path)} does not hold {what}: --lpips-backbone takes torchvision's alexnet "
+                            ".pth, --lpips-linear the lpips package's weights/v0.1/alex.pth") from None
     net.weights = [state[k].flatten() for k in shapes]
     return net.requires_grad_(False).eval().to(device)
 
@@ -187,8 +190,8 @@ def load_lpips(backbone, linear, device="cpu"):
 
 def load_inception(path, device="cpu"):
     """A TorchScript file with the interface of inception-2015-12-05.pt -> (name of its Frechet distance, function of
-    uint8 images [B, 3, H, W] to features [B, f]). The network resizes by itself: images go in as they are, since another
-    resize gives another FID. UserError for other files."""
+    uint8 images [B, 3, H, W] to features [B, f]). The network resizes by itself: images go in as they are, since
+    another resize gives another FID. UserError for other files."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # torch 2.13 calls TorchScript old; the published file is one
@@ -198,8 +201,8 @@ def load_inception(path, device="cpu"):
         if f.dim() != 2 or len(f) != 2 or not f.is_floating_point():
             raise ValueError
     except Exception:
-        raise UserError(f"{printable(path)} is not a network like inception-2015-12-05.pt (TorchScript, uint8 images to "
-                        "features by return_features=True): leave out --inception to use a judge") from None
+        raise UserError(f"{printable(path)} is not a network like inception-2015-12-05.pt (TorchScript, uint8 images "
+                        "to features by return_features=True): leave out --inception to use a judge") from None
     name = "FID" if f.shape[1] == 2048 else "Frechet"  # any other features are not to be called FID
     return name, lambda images: net(images, return_features=True).float()
 
@@ -211,14 +214,14 @@ class Judge(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, w = dict(config), config["width"]
-        self.convs = nn.ModuleList([nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.Conv2d(2 * w, 4 * w, 3, 2, 1),
-                                    nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
+        self.convs = nn.ModuleList([nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1),
+                                    nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
         self.norms = nn.ModuleList([nn.GroupNorm(c // 4, c) for c in (w, 2 * w, 4 * w, 4 * w)])
         self.head = nn.Linear(4 * w, len(config["classes"]))
         self.sound = nn.Linear(4 * w, 1)               # is the image as it should be? (used in training only)
 
     def activations(self, images):
-        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]; beyond 64 pixels they are averaged down to 64."""
+        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]; beyond 64 pixels, averaged down to 64."""
         x, out = images if images.shape[-1] <= 64 else F.adaptive_avg_pool2d(images, 64), []
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x)))
@@ -252,15 +255,17 @@ def spoiled(image, chance):
 
 
 def train_judge(dataset, seed=0, steps=800, batch=64, width=32, device="cpu"):
-    """A Judge of these images, repeatable by seed. It learns to name captions where there are 2 to 200 with at least 20
-    images each, else to tell by how many quarter turns an image was rotated (Gidaris et al. 2018); and, so that quality
-    does not escape it, to tell images from spoiled ones. (Without this, features of captions hardly see a blurred sky.)"""
+    """A Judge of these images, repeatable by seed. It learns to name captions where there are 2 to 200 with at
+    least 20 images each, else to tell by how many quarter turns an image was rotated (Gidaris et al. 2018); and, so
+    that quality does not escape it, to tell images from spoiled ones. (Without this, features of captions hardly
+    see a blurred sky.)"""
     counts = collections.Counter(dataset.captions)
     named = 2 <= len(counts) <= 200 and min(counts.values()) >= 20
     classes = sorted(counts) if named else ["0", "90", "180", "270"]
     torch.manual_seed(seed)
     judge = Judge({"task": "captions" if named else "rotations", "classes": classes, "width": width}).to(device)
-    chance, steps = torch.Generator().manual_seed(seed), min(steps, 40 * math.ceil(len(dataset) / batch))  # 40 epochs at most
+    # 40 epochs at most
+    chance, steps = torch.Generator().manual_seed(seed), min(steps, 40 * math.ceil(len(dataset) / batch))
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     with tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True) as bar:
         for step in bar:
@@ -289,13 +294,14 @@ def open_judge(out, dataset, size, seed, device):
         judge = restore(Judge, file, path, f"rm {printable(path)}, then this")
         return judge.requires_grad_(False).eval().to(device)
     judge = train_judge(dataset, seed, device=device)
-    save(path, {"kind": "judge", "version": 1, "config": judge.config, "made_from": made_from, "model": judge.state_dict()})
+    save(path, {"kind": "judge", "version": 1, "config": judge.config, "made_from": made_from,
+                "model": judge.state_dict()})
     return judge
 
 
 def corrupted(images, how, strength, chance):
-    """uint8 images [B, 3, S, S] made worse. noise: of standard deviation `strength` on the scale [-1, 1]; blur: Gaussian,
-    `strength` 32nds of the side; shuffle: this share of the 4x4 patches change places."""
+    """uint8 images [B, 3, S, S] made worse. noise: of standard deviation `strength` on the scale [-1, 1]; blur:
+    Gaussian, `strength` 32nds of the side; shuffle: this share of the 4x4 patches change places."""
     B, _, S, _ = images.shape
     x = to_float(images)
     if how == "noise":
@@ -356,8 +362,8 @@ def touching(rank, rows, cols):
 
 
 def drawn_before(rank, labels, first, second, rows, cols):
-    """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance, None
-    without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
+    """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance,
+    None without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
     step = F.interpolate(rank.view(-1, 1, rows, cols).double(), size=labels.shape[1:])[:, 0]
     masks = (labels == SUNSET_LABELS.index(name) for name in (first, second))
     time1, time2 = ((step * mask).sum((1, 2)) / mask.sum((1, 2)) for mask in masks)
@@ -371,8 +377,8 @@ def drawn_before(rank, labels, first, second, rows, cols):
 
 def open_rows(texts, out, tokenizer, device):
     """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, steps, policy)], all checked before anything is
-    computed. ORDER@S draws in S steps, several cells at once (steps is 0 without).
-    Without texts: the models in `out`. UserError for models of different tokenizers, and orders a model does not know."""
+    computed. ORDER@S draws in S steps, several cells at once (steps is 0 without). Without texts: the models in `out`.
+    UserError for models of different tokenizers, and orders a model does not know."""
     names = ("raster", "anyorder", "ordered_random", "ordered_raster", "ordered_class", "ordered")
     names = [os.path.join(out, f"{name}.pt") for name in names]
     rows, opened = [], {}
@@ -383,19 +389,21 @@ def open_rows(texts, out, tokenizer, device):
         opened[path] = model = opened.get(path) or load_model(path, device)
         about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
         if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
-            raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt, and "
-                            "figures of different tokens do not compare: run python anyorder.py again")
+            raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt, "
+                            "and figures of different tokens do not compare: run python anyorder.py again")
         for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
             policy = None
             if steps and not (steps.isascii() and steps.isdigit() and 0 < int(steps) < model.N):
-                raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, or leave out @{printable(steps)}")
+                raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
+                                f"or leave out @{printable(steps)}")
             if order == "frozen":
                 teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
                 opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
                 if fingerprint(policy.state_dict()) != about["made_from"].get("model"):
                     raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
             if {"learned": not model.config["order_head"], "class": "caption_rank" not in about}.get(order):
-                raise UserError(f"{printable(path)} knows no {order} order: run python finetune.py and name what it writes")
+                raise UserError(f"{printable(path)} knows no {order} order: "
+                                "run python finetune.py and name what it writes")
             rows.append((f"{stem}:{order}" + f"@{steps}" * bool(steps), model, order, int(steps or 0), policy))
     if not rows:
         raise UserError(f"{printable(out)} holds no models: run python anyorder.py first, or name some by --models")
@@ -404,8 +412,9 @@ def open_rows(texts, out, tokenizer, device):
 
 @torch.inference_mode()
 def open_held(test, tokenizer, features, n, batch, seed, device):
-    """The held-out images, in a fixed random order, as what is needed of them: a dict of captions, tokens [m, N], features
-    [m, f], the moments of these and of the reconstructions' features, and the first few as images and label maps."""
+    """The held-out images, in a fixed random order, as what is needed of them: a dict of captions, tokens
+    [m, N], features [m, f], the moments of these and of the reconstructions' features, and the first few as
+    images and label maps."""
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:max(HELD_OUT, n)].tolist()
     captions, tokens, images, real, recon = [], [], [], [], []
     for i in tqdm(range(0, len(some), batch), desc="held-out images", unit="batch", disable=join(device)[0] > 0,
@@ -419,21 +428,23 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
         images += [pictures] if i < KEPT else []
     real, images = torch.cat(real), torch.cat(images)
     labels = [render_sunset(test.rows[j], images.shape[-1])[2] for j in some[:SAMPLE]] if test.name == "sunsets" else []
-    return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real), "images": images,
-            "recon": moments(torch.cat(recon)), "labels": torch.stack(labels) if labels else None}
+    return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real),
+            "images": images, "recon": moments(torch.cat(recon)), "labels": torch.stack(labels) if labels else None}
 
 
 @torch.inference_mode()
 def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, guidance, seed):
-    """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of open_rows.
-    Images are drawn in batches and only their features stay. Processes share the batches out; all get the same result."""
+    """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of
+    open_rows. Images are drawn in batches and only their features stay. Processes share the batches out; all
+    get the same result."""
     name, model, order, parallel, policy = row
     device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
     process, world = join(device)
     how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
            "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
     m, captions = min(n, len(held["tokens"])), held["captions"]
-    bar = tqdm(total=(n + m + min(m, SAMPLE)) // world, desc=name, unit="image", disable=process > 0, dynamic_ncols=True)
+    bar = tqdm(total=(n + m + min(m, SAMPLE)) // world, desc=name, unit="image", disable=process > 0,
+               dynamic_ncols=True)
 
     def my_batches(what, count):
         """Where each batch of this process begins, and its dice: the same for every row, whoever throws them."""
@@ -447,7 +458,8 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     for i, chance in my_batches("draw", n):
         asked, start = [captions[j % len(captions)] for j in range(i, min(i + batch, n))], time.perf_counter()
         tokens, visited = generate(model, asked, guidance=guidance, generator=chance, **how)
-        images = to_uint8(tokenizer.decode(tokens)).cpu()                  # rounded, as in a PNG; truncated would be darker
+        # rounded, as in a PNG; truncated would be darker
+        images = to_uint8(tokenizer.decode(tokens)).cpu()
         seconds = time.perf_counter() - start
         names = judge(to_float(images).to(device)).argmax(1).tolist()
         seen = sum(judge.config["classes"][k] == caption for k, caption in zip(names, asked))
@@ -479,7 +491,8 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
         bar.update(len(truth))
     bar.close()
 
-    found, far, leaks = torch.cat(found), torch.cat(in_turn(far)), how["order"] == "inferred" and how["score"] == "likelihood"
+    found, far, leaks = (torch.cat(found), torch.cat(in_turn(far)),
+                         how["order"] == "inferred" and how["score"] == "likelihood")
     if leaks:                                          # such an order looks at the content: its sum is no likelihood
         nats = nats * math.nan
     precision, recall = precision_recall(held["features"], found)
@@ -801,8 +814,9 @@ def speed_table(device, out):
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
-    parser.add_argument("--models", nargs="+", default=None, help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS)
-                        + ", frozen; ORDER@S draws in S steps; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
+    parser.add_argument("--models", nargs="+", default=None,
+                        help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS) + ", frozen; ORDER@S draws in S "
+                             "steps; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
     parser.add_argument("--n", type=int, default=500, help="images that each row draws, and scores")
     parser.add_argument("--batch", type=int, default=100, help="images at once")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
@@ -817,8 +831,8 @@ def main():
         return None if process else speed_table(device, out)
     least = NEIGHBOURS + 1
     if args.n < least or args.batch < 1 or not 0 <= args.guidance <= 100:
-        raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {least}, batch at least "
-                        "1, guidance in 0..100")
+        raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {least}, "
+                        "batch at least 1, guidance in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
     tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
@@ -826,7 +840,8 @@ def main():
     size, about = tokenizer.config["size"], plan[0][1].about
     train, test = (open_data(args.data or about["data"], size, split) for split in ("train", "test"))
     if train.fingerprint != about["made_from"]["data"]:
-        raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: name that by --data")
+        raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: "
+                        "name that by --data")
     if len(test) < least:
         raise UserError(f"{train.name} has {len(test)} held-out images, at least {least} are needed: add images")
     if args.lpips_backbone and size < 31:
@@ -846,12 +861,13 @@ def main():
 
     held = open_held(test, tokenizer, features, args.n, args.batch, args.seed, device)
     columns = {**COLUMNS, "frechet": (distance, ".3f"), "lpips": ("LPIPS" if network else "LPIPS-judge", ".4f")}
-    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n, "held_out": len(held["tokens"]),
-              "scored": min(args.n, len(held["tokens"])), "completed": min(args.n, len(held["tokens"]), SAMPLE),
+    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n,
+              "held_out": len(held["tokens"]), "scored": min(args.n, len(held["tokens"])),
+              "completed": min(args.n, len(held["tokens"]), SAMPLE),
               "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
               "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
-              "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()}, "torch": torch.__version__,
-              "tokenizer": frechet(held["recon"], held["moments"]),
+              "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
+              "torch": torch.__version__, "tokenizer": frechet(held["recon"], held["moments"]),
               "judge": None if args.inception else validate_judge(features, held["images"], args.seed), "rows": []}
     results, ranks, shown, first = report["rows"], [], [], None
     try:
@@ -861,38 +877,47 @@ def main():
             first = nats if first is None else first
             apart = (nats - first) / rank.shape[1]     # on the same images: far less noise than in either
             figures.update(versus=apart.mean().item(), versus_error=apart.std().item() / math.sqrt(len(apart)))
-            figures = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
+            figures = {key: None if isinstance(value, float) and math.isnan(value) else value
+                       for key, value in figures.items()}
             results.append(figures)
             ranks.append(rank[:SAMPLE])
             shown.append((row[0], *show))
             report["agreement"] = [[rank_correlation(a, b) for b in ranks] for a in ranks]
             if process:
                 continue
-            with replacing(os.path.join(out, "results.json")) as file:     # after every row: an interrupt loses one at most
+            # after every row: an interrupt loses one at most
+            with replacing(os.path.join(out, "results.json")) as file:
                 file.write(json.dumps(report, indent=1).encode())
-            draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen",
-                                                        "lpips")}, os.path.join(out, "results.png"))
-            draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"], os.path.join(out, "compare.png"))
+            draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall",
+                                                        "class_seen", "lpips")}, os.path.join(out, "results.png"))
+            draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"],
+                            os.path.join(out, "compare.png"))
     finally:
         if results:
             print_report(report, columns)
 
 
 def print_report(report, columns):
+    """Prints a report (see results.json): its tables, `columns` as in COLUMNS, and whether the judge can be trusted."""
     results, judge = report["rows"], report["judge"]
     print(table(results, columns) + "\n\n" + table(results, MORE))
     if len(results) > 1:
-        agree = [{"name": row["name"], **{str(i): rho for i, rho in enumerate(line)}} for row, line in zip(results, report["agreement"])]
+        agree = [{"name": row["name"], **{str(i): rho for i, rho in enumerate(line)}}
+                 for row, line in zip(results, report["agreement"])]
         print("\nagreement of orders on the same images (rank correlation)\n"
               + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
-    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, {report['completed']:,} completed, compared with "
-          f"{report['held_out']:,} held-out ones at {report['size']}x{report['size']}; seed {report['seed']}, guidance "
-          f"{report['guidance']}\nthe tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
+    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, {report['completed']:,} completed, "
+          f"compared with {report['held_out']:,} held-out ones at {report['size']}x{report['size']}; "
+          f"seed {report['seed']}, guidance {report['guidance']}\n"
+          f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
     if judge:
-        series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how]) for how in ("noise", "blur", "shuffle"))
-        print(f"the judge is {'valid' if judge['ok'] else 'NOT VALID, trust the nats'}: real to real {judge['real']:.3f}; "
-              f"{series}; mildest damage / real to real {judge['ratio']:.0f} (at least 20)")
-    print("drawn at " + ", ".join(f"{row['images_per_second']:.1f}" for row in results) + " images/s (varies from run to run)")
+        series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how])
+                           for how in ("noise", "blur", "shuffle"))
+        print(f"the judge is {'valid' if judge['ok'] else 'NOT VALID, trust the nats'}: "
+              f"real to real {judge['real']:.3f}; {series}; "
+              f"mildest damage / real to real {judge['ratio']:.0f} (at least 20)")
+    print("drawn at " + ", ".join(f"{row['images_per_second']:.1f}" for row in results)
+          + " images/s (varies from run to run)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The idea: a model that knows every order gets better when it may specialise in the orders it found itself.
 
-anyorder.py has learned all N! orders, order_infer.py has found one order for each training image. Here the model goes on
-training, from the weights of anyorder.pt, but each image now always arrives in its own order (arXiv 2504.17069,
+anyorder.py has learned all N! orders, order_infer.py has found one order for each training image. Here the model goes
+on training, from the weights of anyorder.pt, but each image now always arrives in its own order (arXiv 2504.17069,
 section 3.3). Two things are distilled at once:
 
     loss = - mean_k log p(x_{o_k} | caption, past, o_k)        what is there: the content model sees the inferred orders
@@ -53,7 +53,8 @@ def specialised_orders(kind, file, held, index):
     if kind == "class":
         return file["caption_rank"].argsort(1)[held["caption_index"][index].long()]
     N = held["tokens"].shape[1]
-    return random_order(len(index), N, seeded("check")) if kind == "random" else raster_order(len(index), N).contiguous()
+    return (random_order(len(index), N, seeded("check")) if kind == "random"
+            else raster_order(len(index), N).contiguous())
 
 
 @torch.no_grad()
@@ -75,7 +76,8 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
                         help="what to specialise in")
-    parser.add_argument("--rounds", type=int, default=1, help="infer the orders again with the finetuned model, R - 1 times")
+    parser.add_argument("--rounds", type=int, default=1,
+                        help="infer the orders again with the finetuned model, R - 1 times")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a round (default 500)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
@@ -87,7 +89,8 @@ def main():
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0003")
     if args.rounds > 1 and args.order != "inferred":
-        raise UserError(f"--rounds {args.rounds} infers orders again, --order {args.order} takes none: leave out one of them")
+        raise UserError(f"--rounds {args.rounds} infers orders again, --order {args.order} takes none: "
+                        "leave out one of them")
     device = pick_device(args.device)
     rank, world = join(device)
     if args.batch % world:
@@ -119,7 +122,8 @@ def main():
     if args.resume:
         state = load(unfinished, "unfinished", "python finetune.py without --resume")
         if state["config"] != settings or state["made_from"] != made_from:
-            raise UserError(f"{unfinished} was begun with other settings or files: repeat its flags, or leave out --resume")
+            raise UserError(f"{unfinished} was begun with other settings or files: "
+                            "repeat its flags, or leave out --resume")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
@@ -156,7 +160,8 @@ def main():
         return torch.cat(found).to(device).split((len(train), len(val)))
 
     if rank == 0:
-        print(f"{len(train):,} images in {args.order} order, {len(val)} to check; before: {evaluate()[0]:.3f} nats per token")
+        print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
+              f"before: {evaluate()[0]:.3f} nats per token")
     stop, saved, total = on_interrupt(), time.time(), args.steps * args.rounds
     bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = (lambda line: None) if rank else bar.write
@@ -188,7 +193,8 @@ def main():
         step += 1
         seconds += time.time() - start
         bar.update()
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s", refresh=False)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s",
+                            refresh=False)
         if step % max(1, args.steps // 8) == 0 or step % args.steps == 0:
             value, nats, hits = evaluate()
             history.append((step, loss.item(), value))
@@ -197,7 +203,8 @@ def main():
             if value < best:
                 best = value
                 if rank == 0:
-                    save_model(target, model, made_from=made_from, order=args.order, step=start_model.about["step"] + step,
+                    save_model(target, model, made_from=made_from, order=args.order,
+                               step=start_model.about["step"] + step,
                                held_out=value, batch=args.batch, data=held["config"]["data"],
                                tokens_seen=start_model.about["tokens_seen"] + step * args.batch * N,
                                seconds=start_model.about["seconds"] + seconds,
@@ -216,8 +223,8 @@ def main():
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
     if args.order == "inferred":
         guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(), "learned", 0.0, kind)
-        print(f"the order head's own orders of these images correlate by {rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} "
-              "with the inferred ones")
+        print("the order head's own orders of these images correlate by "
+              f"{rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} with the inferred ones")
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
 

@@ -1,8 +1,9 @@
 """The idea: a model that can draw any cell next can tell which cell *should* come next.
 
-With some cells drawn, every free cell is offered to the model as the next one. All offers share what was drawn: the last
-input is repeated once per free cell, each copy attends to the shared cache and to itself, and one pass says what would
-be drawn at every free cell. The cell with the best score comes next; it is filled, and the question is asked again:
+With some cells drawn, every free cell is offered to the model as the next one. All offers share what was drawn:
+the last input is repeated once per free cell, each copy attends to the shared cache and to itself, and one pass
+says what would be drawn at every free cell. The cell with the best score comes next; it is filled, and the
+question is asked again:
 
     o_k = argmax over free cells c of  score(p(. | drawn so far, c)) - distance * |c - o_{k-1}| / diagonal
 
@@ -16,8 +17,8 @@ first and then keeps the cell with the likeliest draw, which acts like a strong 
 For a training image the content is known (teacher forcing) and only the location is inferred: that is its order.
 
 A large data set need not pay this price for every image. With --fast the first few thousand orders teach a small *order
-head* which cell comes next, given what the model knows before it is told; it then orders all other images at the price of
-one evaluation for each cell (`learn_head`, and "learned" among the scores).
+head* which cell comes next, given what the model knows before it is told; it then orders all other images at the price
+of one evaluation for each cell (`learn_head`, and "learned" among the scores).
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
@@ -36,8 +37,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (AnyOrder, Drawing, interrupted, join, learning_rate, load_model, on_interrupt, open_tokens, precision,
-                      rank_of)
+from anyorder import (AnyOrder, Drawing, interrupted, join, learning_rate, load_model, on_interrupt, open_tokens,
+                      precision, rank_of)
 from data import UserError, arguments, fingerprint, load, pick_device, run, save, save_picture, sheet, to_uint8
 from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, seeded
 
@@ -77,7 +78,8 @@ def step_lengths(model):
     """[N + 1, N] Euclidean distance between cells over the grid's diagonal; from nowhere (row N) it is 0."""
     rows, cols = model.config["rows"], model.config["cols"]
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()           # [N, 2]
-    return torch.cat((torch.cdist(place, place) / max(1.0, math.hypot(rows - 1, cols - 1)), torch.zeros(1, rows * cols)))
+    return torch.cat((torch.cdist(place, place) / max(1.0, math.hypot(rows - 1, cols - 1)),
+                      torch.zeros(1, rows * cols)))
 
 
 def touching_cells(model):
@@ -98,8 +100,8 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0):
     """The order in which the model would draw these images.
 
     tokens [B, N] int64, captions: B strings or [B, L] word numbers -> order [B, N] int64. `score` as in
-    location_scores, or "learned", by the model's order head; `distance` >= 0 in nats per grid diagonal pulls the next cell
-    towards the last one. The images are split into batches whose activations stay within some 64 MB.
+    location_scores, or "learned", by the model's order head; `distance` >= 0 in nats per grid diagonal pulls the next
+    cell towards the last one. The images are split into batches whose activations stay within some 64 MB.
     """
     if score not in SCORES and not (score == "learned" and model.config["order_head"]):
         raise UserError(f"score {score!r} is not known, or needs an order head: choose one of {', '.join(SCORES)}")
@@ -130,7 +132,8 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0):
 
 
 def shared_orders(model, tokens, words, score, distance, kind, rank=0, world=1):
-    """infer_orders in the number type `kind`, the images [n, N] shared out between processes; all receive all, on the CPU."""
+    """infer_orders in the number type `kind`, the images [n, N] shared out between processes.
+    All receive all, on the CPU."""
     tokens, words = (x.tensor_split(world)[rank].to(model.hop.device) for x in (tokens, words))
     with torch.autocast(tokens.device.type, kind, enabled=kind != torch.float32):
         parts = [infer_orders(model, tokens, words, score, distance).cpu()]
@@ -150,8 +153,8 @@ def images_at_once(model):
 
 
 def over_free(where, order):
-    """Logits of the order head, where [B, N, N], with -inf for what is drawn: at step k of order [B, N], the cells of rank
-    < k. The last step has one free cell."""
+    """Logits of the order head, where [B, N, N], with -inf for what is drawn: at step k of order [B, N], the cells of
+    rank < k. The last step has one free cell."""
     step = torch.arange(order.shape[1], device=order.device)
     drawn = rank_of(order)[:, None, :] < step[None, :, None]               # [B, step, cell]
     return where.float().masked_fill(drawn, -math.inf)
@@ -261,8 +264,10 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--model", default="", help="the any-order model (default OUT/anyorder.pt)")
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
-    parser.add_argument("--distance", type=float, default=0.0, help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=int, default=4000, help="exact orders for the first N training images (0: for all)")
+    parser.add_argument("--distance", type=float, default=0.0,
+                        help="pull towards the last cell, nats per grid diagonal")
+    parser.add_argument("--limit", type=int, default=4000,
+                        help="exact orders for the first N training images (0: for all)")
     parser.add_argument("--fast", action="store_true", help="let a head learn from these and order all other images")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()
@@ -278,18 +283,20 @@ def main():
 
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
     index = torch.cat((train[:args.limit or None], check))
-    exact, known = len(index), len(index) - len(check)                     # so many by trying every cell; of training images
+    # so many by trying every cell; of training images
+    exact, known = len(index), len(index) - len(check)
     if args.fast:
         if known == len(train):
-            raise UserError(f"--fast --limit {args.limit}: no image of {len(train):,} is left for the head, leave out --fast "
-                            f"or give a smaller limit, such as {max(1, len(train) // 8)}")
+            raise UserError(f"--fast --limit {args.limit}: no image of {len(train):,} is left for the head, leave out "
+                            f"--fast or give a smaller limit, such as {max(1, len(train) // 8)}")
         index = torch.cat((index, train[known:]))
     target, partial = (os.path.join(args.out, name) for name in ("orders.pt", "orders_resume.pt"))
     N = model.N
     about = {"config": {"rows": model.config["rows"], "cols": model.config["cols"], "score": args.score,
                         "distance": args.distance, "limit": args.limit, "fast": args.fast, "seed": args.seed},
              "made_from": {**model.about["made_from"], "model": fingerprint(model.state_dict())}}
-    order, done, seconds, head = torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32), 0, 0.0, None
+    order, done, seconds, head = (torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32),
+                                  0, 0.0, None)
     kind = precision(device)
     if args.resume:
         file = load(partial, "unfinished", "python order_infer.py without --resume")
@@ -300,15 +307,17 @@ def main():
     tokens, words = held["tokens"], model.read(held["captions"]).cpu()[held["caption_index"].long()]           # [n, L]
     if rank == 0 and known < len(train):
         print(f"orders for {known:,} of {len(train):,} training images: "
-              + ("the head learns from them and orders the others" if args.fast else "--limit 0 infers them all, --fast estimates"))
+              + ("the head learns from them and orders the others" if args.fast
+                 else "--limit 0 infers them all, --fast estimates"))
     at_once, stop, saved, pupil = images_at_once(model), on_interrupt(), time.time(), None
     with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
         while done < len(index):
             start = time.time()
             if done >= exact and pupil is None:
                 some = index[:known]
-                pupil = learn_head(model, tokens[some].to(device), words[some].to(device), order[:known].long().to(device),
-                                   args.seed, 0 if head else HEAD_STEPS, kind, rank > 0)
+                pupil = learn_head(model, tokens[some].to(device), words[some].to(device),
+                                   order[:known].long().to(device), args.seed,
+                                   0 if head else HEAD_STEPS, kind, rank > 0)
                 pupil.where.load_state_dict(head or pupil.where.state_dict())
                 head = pupil.where.state_dict()
             rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
@@ -319,8 +328,8 @@ def main():
             bar.update(len(rows))
             leave = interrupted(stop, device)
             if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
-                save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds,
-                               "head": head, "bfloat16": kind == torch.bfloat16})
+                save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done,
+                               "seconds": seconds, "head": head, "bfloat16": kind == torch.bfloat16})
                 saved = time.time()
             if leave:
                 bar.close()
@@ -339,13 +348,15 @@ def main():
     if os.path.exists(partial):
         os.remove(partial)
 
-    # the picture: the mean order large, then images, their orders, and what is there after a quarter, half, three quarters
+    # the picture: the mean order large, then images, their orders,
+    # and what is there after a quarter, half, three quarters
     grid, size = (model.config["rows"], model.config["cols"]), held["config"]["size"]
     ranks = rank_of(order.long())
     shown = torch.randperm(len(index), generator=seeded(args.seed))[:12]
     images = to_uint8(tokenizer.decode(held["tokens"][index[shown]]))
     mean = ranks.float().mean(0)
-    columns = [images, order_maps(ranks[shown], *grid, size)] + [unfinished(images, ranks[shown], N * q // 4, *grid) for q in (1, 2, 3)]
+    columns = [images, order_maps(ranks[shown], *grid, size)] + [
+        unfinished(images, ranks[shown], N * q // 4, *grid) for q in (1, 2, 3)]
     columns[0][0], columns[1][0] = 255, order_maps(mean.argsort().argsort()[None], *grid, size)[0]
     for column in columns[2:]:
         column[0] = 255

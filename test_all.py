@@ -73,7 +73,8 @@ def tiny(rows=2, cols=2, codebook=3, layers=3, order_head=False, seed=0, words=(
 
 def command(script, *flags, expect=0):
     """Runs a script as a user would, in a process of its own; returns what it printed."""
-    done = subprocess.run([sys.executable, str(HERE / f"{script}.py"), *map(str, flags)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / f"{script}.py"), *map(str, flags)],
+                          capture_output=True, text=True)
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -111,12 +112,13 @@ def files_of(folder):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """The whole chain through its .pt files, each stage from its own command line, at tiny size: (data, out, printed)."""
+    """The whole chain through its .pt files, each stage by its own command line, at tiny size: (data, out, printed)."""
     root = tmp_path_factory.mktemp("chain")
     pictures, out = picture_folder(root / "pictures"), root / "out"
     common = ("--out", out, "--device", "cpu")
     small = ("--width", 32, "--layers", 2, "--batch", 8)
-    printed = {"tokenizer": command("tokenizer", "--data", pictures, "--size", 16, "--codebook", 16, "--steps", 30, *common)}
+    printed = {"tokenizer": command("tokenizer", "--data", pictures, "--size", 16, "--codebook", 16, "--steps", 30,
+                                    *common)}
     printed["anyorder"] = command("anyorder", *common, "--steps", 12, *small)
     printed["raster"] = command("anyorder", *common, "--steps", 3, "--order", "raster", *small)
     printed["order_infer"] = command("order_infer", *common)
@@ -220,7 +222,8 @@ def test_the_cached_path_equals_the_full_forward_pass():
 
 
 def test_cells_placed_together_enter_the_cache_as_if_drawn_one_by_one():
-    model, order = tiny(rows=3, cols=3, codebook=5, order_head=True), random_order(4, 9, torch.Generator().manual_seed(3))
+    model, order = (tiny(rows=3, cols=3, codebook=5, order_head=True),
+                    random_order(4, 9, torch.Generator().manual_seed(3)))
     tokens, captions = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(4)), ["sun", "", "sun", "sea"]
     with torch.inference_mode():
         what, _ = model(tokens, model.read(captions), order)
@@ -415,7 +418,8 @@ def test_finetuning_starts_from_the_any_order_model(chain):
     _, out, _ = chain
     a, b = (anyorder.load_model(out / f) for f in ("anyorder.pt", "ordered.pt"))
     assert b.config["order_head"] and not a.config["order_head"]
-    assert {k: v for k, v in b.config.items() if k != "order_head"} == {k: v for k, v in a.config.items() if k != "order_head"}
+    assert ({k: v for k, v in b.config.items() if k != "order_head"}
+            == {k: v for k, v in a.config.items() if k != "order_head"})
     assert b.about["step"] > a.about["step"] and b.about["made_from"]["tokens"] == a.about["made_from"]["tokens"]
 
 
@@ -447,7 +451,8 @@ def test_a_few_steps_draw_few_cells_first_and_all_in_the_end():
     for cells in (1, 2, 9, 64):
         for parallel in range(cells + 2):
             steps = sample.steps_of(cells, parallel)
-            assert sum(steps) == cells and min(steps) > 0 and len(steps) == (parallel or cells if parallel < cells else cells)
+            assert (sum(steps) == cells and min(steps) > 0
+                    and len(steps) == (parallel or cells if parallel < cells else cells))
 
 
 def test_cells_of_one_step_do_not_touch_while_there_are_others():
@@ -479,7 +484,8 @@ def test_parallel_drawing_takes_as_many_steps_as_asked(order):
 def test_parallel_drawing_from_the_command_line(chain, tmp_path, monkeypatch, capsys):
     out = start_of("finetune", chain, tmp_path / "out")
     shutil.copy(chain[1] / "ordered.pt", out)
-    code, printed = call(monkeypatch, capsys, "sample", "--out", out, "--n", 2, "--parallel", 5, "--why", 9, "--device", "cpu")
+    code, printed = call(monkeypatch, capsys, "sample", "--out", out, "--n", 2, "--parallel", 5, "--why", 9,
+                         "--device", "cpu")
     assert code == 0 and (out / "samples_why.png").exists() and (out / "samples.gif").exists(), printed
 
 
@@ -515,7 +521,8 @@ def test_samples_follow_the_model_distribution():
         truth = model.log_probs(images, ["sun"] * 4, order.expand(4, 2)).sum(1).exp()
         drawn, _ = sample.generate(model, ["sun"] * 4000, order.expand(4000, 2))
         share = torch.bincount(drawn[:, 0] * 2 + drawn[:, 1], minlength=4) / 4000
-        assert (share - truth).abs().max() < 0.04                          # 5 standard errors: 1 false alarm in a million
+        # 5 standard errors: 1 false alarm in a million
+        assert (share - truth).abs().max() < 0.04
 
 
 def test_guidance_of_one_is_no_guidance_and_more_moves_towards_the_caption():
@@ -647,7 +654,8 @@ def test_every_parsed_flag_is_read():
         flags = [f.lstrip("-").replace("-", "_") for f in re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)]
         if "arguments(" in source and script != "data":
             call_of = re.search(r"arguments\(__doc__(?:, flags=\(([^)]*)\))?", source)
-            flags += re.findall(r"\w+", call_of.group(1)) if call_of and call_of.group(1) else ["data", "out", "seed", "device"]
+            flags += (re.findall(r"\w+", call_of.group(1)) if call_of and call_of.group(1)
+                      else ["data", "out", "seed", "device"])
         read = set(re.findall(r"args\.(\w+)", source))
         for group in re.findall(r"for (?:name|key)(?:, least)? in (\(.*?\)):", source, re.S):
             read |= set(re.findall(r"\"(\w+)\"", group))
@@ -666,7 +674,8 @@ def test_the_readme_commands_run(tmp_path, monkeypatch):
     """Every `python ...` line of the README's code blocks, in the README's order, at tiny size."""
     pictures = picture_folder(tmp_path / "pictures")
     small = {"tokenizer": "--size 16 --codebook 16 --steps 3", "anyorder": "--steps 3 --batch 8 --width 32 --layers 2",
-             "order_infer": "--limit 8", "finetune": "--steps 2 --batch 8", "sample": "--n 2", "evaluate": "--n 12", "data": ""}
+             "order_infer": "--limit 8", "finetune": "--steps 2 --batch 8", "sample": "--n 2", "evaluate": "--n 12",
+             "data": ""}
     blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     commands = [piece.strip() for line in lines for piece in line.split("&&") if piece.strip().startswith("python ")]
@@ -764,7 +773,8 @@ def test_candidate_attention_equals_one_softmax_per_candidate(C, T, dtype, toler
     for c in range(C):                                                     # the last row of causal attention
         one = [torch.cat((past.double(), x[:, :, c:c + 1].double()), 2) for past, x in ((past_k, k), (past_v, v))]
         scores = (q[:, :, c:c + 1].double() @ one[0].mT) / math.sqrt(8)
-        torch.testing.assert_close(found[:, :, c:c + 1].double(), scores.softmax(-1) @ one[1], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found[:, :, c:c + 1].double(), scores.softmax(-1) @ one[1],
+                                   rtol=tolerance, atol=tolerance)
 
 
 def test_candidate_attention_survives_large_scores():
@@ -979,7 +989,8 @@ def test_a_folder_takes_the_memory_of_one_image_per_worker(tmp_path):
     picture(str(tmp_path / "0.png"), size=(3000, 2000))
     for i in range(1, 40):
         os.symlink("0.png", tmp_path / f"{i}.png")
-    program = ("import resource, sys; from data import open_data; most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    program = ("import resource, sys; from data import open_data\n"
+               "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
                "before, dataset = most(), open_data(sys.argv[1], 32)\n"
                "n = sum(1 for i in range(len(dataset)) if dataset[i])\n"
                "print(n, (most() - before) // 1024)")
@@ -1543,8 +1554,8 @@ def test_damaged_tokens_are_refused(tmp_path, narrow):
     folder = write_drawings(tmp_path / "drawings", 12)
     make_tokens(folder, tmp_path, size=8, codebook=16, steps=2, batch=2)
     good = load_tokens(tmp_path / "tokens.pt")
-    for key, value in dict(tokens=good["tokens"] + 16, split=good["split"][1:], caption_index=good["caption_index"] + 99,
-                           config=dict(good["config"], rows=3)).items():
+    for key, value in dict(tokens=good["tokens"] + 16, split=good["split"][1:],
+                           caption_index=good["caption_index"] + 99, config=dict(good["config"], rows=3)).items():
         save(tmp_path / "tokens.pt", {**good, key: value})
         with pytest.raises(UserError, match="damaged: run python tokenizer.py again"):
             load_tokens(tmp_path / "tokens.pt")
@@ -1590,7 +1601,7 @@ def test_frechet_of_diagonal_gaussians_has_its_closed_form():
     assert found == pytest.approx(((m1 - m2).square().sum() + (s1 - s2).square().sum()).item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("n, m, f", ((300, 200, 8), (20, 300, 32), (12, 9, 40)))           # also fewer images than features
+@pytest.mark.parametrize("n, m, f", ((300, 200, 8), (20, 300, 32), (12, 9, 40)))  # also fewer images than features
 def test_frechet_agrees_with_matrix_square_roots(n, m, f):
     a, b = features_like(n, f, 1), features_like(m, f, 2, 1.3)
     assert evaluate.frechet_distance(a, b) == pytest.approx(frechet_by_definition(a, b), rel=1e-5)
@@ -1614,12 +1625,14 @@ def test_moments_do_not_depend_on_the_chunks():
 def test_kernel_distance_agrees_with_loops_and_is_unbiased():
     a, b = features_like(11, 5, 5), features_like(8, 5, 6)
     kernel = lambda x, y: (sum(u * v for u, v in zip(x.tolist(), y.tolist())) / 5 + 1) ** 3
-    within = lambda x: sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
+    within = lambda x: (sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j)
+                        / (len(x) * (len(x) - 1)))
     between = sum(kernel(x, y) for x in a for y in b) / (len(a) * len(b))
     expected = within(a) + within(b) - 2 * between
     assert evaluate.kernel_distance(a, b) == pytest.approx(expected, rel=1e-6)
     assert evaluate.kernel_distance(a, b, block=3) == pytest.approx(expected, rel=1e-6)
-    same = [evaluate.kernel_distance(*torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(s))) for s in range(300)]
+    same = [evaluate.kernel_distance(*torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(s)))
+            for s in range(300)]
     assert abs(sum(same) / 300) < 0.3 and min(same) < -0.1                 # a biased one would average about 1
 
 
@@ -1690,13 +1703,16 @@ def test_lpips_with_alexnet_loads_strictly(tmp_path):
     naive = sum(torch.stack([(w * (unit(a[:, i, j]) - unit(b[:, i, j])) ** 2).sum()
                              for i in range(a.shape[1]) for j in range(a.shape[2])]).mean() for a, b, w in layers)
     assert found[0].item() == pytest.approx(naive.item(), rel=1e-4)
-    for path, spoil in ((backbone, lambda s: s.pop("features.0.bias")), (linear, lambda s: s.pop("lin4.model.1.weight")),
-                        (linear, lambda s: s.update(extra=torch.zeros(1))), (backbone, lambda s: s.update(x=torch.zeros(1)))):
+    for path, spoil in ((backbone, lambda s: s.pop("features.0.bias")),
+                        (linear, lambda s: s.pop("lin4.model.1.weight")),
+                        (linear, lambda s: s.update(extra=torch.zeros(1))),
+                        (backbone, lambda s: s.update(x=torch.zeros(1)))):
         state = torch.load(path, weights_only=True)
         spoil(state)
         torch.save(state, tmp_path / "spoilt.pth")
         with pytest.raises(UserError, match="spoilt.pth does not hold"):
-            evaluate.load_lpips(*((tmp_path / "spoilt.pth", linear) if path == backbone else (backbone, tmp_path / "spoilt.pth")))
+            evaluate.load_lpips(*((tmp_path / "spoilt.pth", linear) if path == backbone
+                                  else (backbone, tmp_path / "spoilt.pth")))
     with pytest.raises(UserError):
         evaluate.load_lpips(linear, backbone)
 
@@ -1722,7 +1738,7 @@ class Other(torch.nn.Module):
 
 
 def test_inception_files_are_used_or_refused_in_one_line(tmp_path):
-    for size, name in ((2048, "FID"), (12, "Frechet")):                    # FID is the name of one network's distance only
+    for size, name in ((2048, "FID"), (12, "Frechet")):                    # FID names one network's distance only
         torch.jit.script(Rooms(size)).save(str(tmp_path / "net.pt"))
         found, extract = evaluate.load_inception(str(tmp_path / "net.pt"))
         assert found == name and extract(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)).tolist() == [[7.0] * size] * 2
@@ -1765,9 +1781,10 @@ def test_the_judge_is_repeatable_and_valid_on_sunsets():
     for how in ("noise", "blur", "shuffle"):
         one, two, three = report[how]
         assert report["real"] < one < two < three
-    assert report["ok"] == (report["ratio"] >= 20)                         # so tiny a judge may not be good enough; it says so
+    # so tiny a judge may not be good enough; it says so
+    assert report["ok"] == (report["ratio"] >= 20)
     assert report == evaluate.validate_judge(lambda x: judge.features(to_float(x)), images)
-    blind = evaluate.validate_judge(lambda x: to_float(x).mean((2, 3)), images)            # mean colours see no shuffling
+    blind = evaluate.validate_judge(lambda x: to_float(x).mean((2, 3)), images)  # mean colours see no shuffling
     assert not blind["ok"]
 
 
@@ -1790,13 +1807,15 @@ def test_damage_is_what_it_says():
 # What an order does
 
 
-SPIRAL = torch.tensor([[0, 6, 1, 7, 8, 4, 2, 5, 3]])                       # the rank of the docstring: 0 6 1 / 7 8 4 / 2 5 3
+# the rank of the docstring: 0 6 1 / 7 8 4 / 2 5 3
+SPIRAL = torch.tensor([[0, 6, 1, 7, 8, 4, 2, 5, 3]])
 
 
 def test_step_length_on_hand_worked_grids():
     assert evaluate.step_length(raster_order(2, 9), 3) == pytest.approx((6 + 2 * math.sqrt(5)) / 8)
     # corners 0 2 6 8, then 5 7 1 3 4: steps 2, sqrt 8, 2, 1, sqrt 2, 2, sqrt 2, 1
-    assert evaluate.step_length(rank_of(SPIRAL), 3) == pytest.approx((2 + 8 ** 0.5 + 2 + 1 + 2 ** 0.5 + 2 + 2 ** 0.5 + 1) / 8)
+    assert evaluate.step_length(rank_of(SPIRAL), 3) == pytest.approx(
+        (2 + 8 ** 0.5 + 2 + 1 + 2 ** 0.5 + 2 + 2 ** 0.5 + 1) / 8)
 
 
 def test_share_of_steps_that_touch_a_drawn_cell():
@@ -1911,15 +1930,17 @@ def evaluated(tmp_path_factory):
     data.save(out / "tokenizer.pt", {"kind": "tokenizer", "version": 1, "config": tokenizer.config,
                                      "made_from": {"data": sunsets.fingerprint}, "model": tokenizer.state_dict()})
     words, models = sorted({w for c in sunsets.captions[:500] for w in data.words_of(c)}), {}
-    for name, order, head in (("raster", "raster", False), ("anyorder", "random", False), ("ordered", "inferred", True)):
-        model = models[name] = AnyOrder({"rows": 2, "cols": 2, "codebook": 16, "width": 32, "layers": 2, "order_head": head,
-                                         "words": words, "caption_length": 8}).eval()
+    for name, order, head in (("raster", "raster", False), ("anyorder", "random", False),
+                              ("ordered", "inferred", True)):
+        model = models[name] = AnyOrder({"rows": 2, "cols": 2, "codebook": 16, "width": 32, "layers": 2,
+                                         "order_head": head, "words": words, "caption_length": 8}).eval()
         made_from = {"data": sunsets.fingerprint, "tokenizer": tokenizer.fingerprint, "tokens": "0"}
         if head:
             made_from["model"] = data.fingerprint(models["anyorder"].state_dict())
         save_model(out / f"{name}.pt", model, made_from=made_from, order=order, step=3, held_out=2.0, batch=8,
                    tokens_seen=96, seconds=1.5, data="sunsets", captions=["low red sun"],
-                   **({"caption_rank": torch.tensor([[3.0, 0, 1, 2]]), "score": "margin", "distance": 0.5} if head else {}))
+                   **({"caption_rank": torch.tensor([[3.0, 0, 1, 2]]), "score": "margin", "distance": 0.5}
+                      if head else {}))
     return out, models
 
 
@@ -1948,12 +1969,13 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
     report = json.loads((out / "results.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["raster:raster", "anyorder:raster", "anyorder:random", "anyorder:inferred", "ordered:learned",
-                          "ordered:frozen", "ordered:inferred"]
-    assert report["n"] == 10 and report["held_out"] == 30 and report["seed"] == 0 and "results.json" not in report["command"]
+                          "ordered:frozen", "ordered:inferred", "ordered:class"]
+    assert (report["n"] == 10 and report["held_out"] == 30 and report["seed"] == 0
+            and "results.json" not in report["command"])
     assert (out / "results.png").stat().st_size > 1000 and (out / "compare.png").stat().st_size > 1000
     # what drawing costs: 4 cells, or 4 + 3 + 2 + 1 tries, to which frozen adds the model's own 4
     cost = {name.split(":")[1]: row["evaluations"] for name, row in rows.items()}
-    assert cost == {"raster": 4, "random": 4, "inferred": 10, "learned": 4, "frozen": 14}
+    assert cost == {"raster": 4, "random": 4, "inferred": 10, "learned": 4, "frozen": 14, "class": 4}
     # the likelihood, once more by hand
     test, pick = open_data("sunsets", 8, "test"), torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:10]
     images, captions = zip(*(test[i] for i in pick.tolist()))
@@ -1962,7 +1984,8 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
     assert rows["raster:raster"]["nats"] == pytest.approx(nats.mean().item() / 4, rel=1e-6)
     assert rows["raster:raster"]["nats_error"] == pytest.approx(nats.std().item() / 10 ** 0.5 / 4, rel=1e-6)
     assert rows["raster:raster"]["bits"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-6)
-    assert rows["raster:raster"]["versus"] == 0 and rows["anyorder:raster"]["step"] == pytest.approx((2 + 2 ** 0.5 * 0 + 5 ** 0.5 * 0 + 2 ** 0.5) / 3)
+    assert (rows["raster:raster"]["versus"] == 0
+            and rows["anyorder:raster"]["step"] == pytest.approx((2 + 2 ** 0.5 * 0 + 5 ** 0.5 * 0 + 2 ** 0.5) / 3))
     assert report["agreement"][0][1] == 1 and report["agreement"][3][3] == 1
     # one seed, one table; only the speed differs
     code, second, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4)
@@ -1975,13 +1998,13 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
 def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monkeypatch, capsys):
     out, _ = evaluated
     torch.jit.script(Rooms(2048)).save(str(out / "inception.pt"))
-    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--guidance", 2, "--inception", out / "inception.pt",
-                                  "--models", f"{out}/anyorder.pt:inferred")
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--guidance", 2,
+                                  "--inception", out / "inception.pt", "--models", f"{out}/anyorder.pt:inferred")
     report = json.loads((out / "results.json").read_text())
     assert code == 0 and report["rows"][0]["evaluations"] == 10 + 2 * 4
     assert " FID " in printed and "LPIPS-judge" in printed and "the judge is" not in printed
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:inferred@2")
-    row = json.loads((out / "results.json").read_text())["rows"][0]        # 4 candidates, then the other 3, drawn at once
+    row = json.loads((out / "results.json").read_text())["rows"][0]        # 4 candidates, then the other 3 at once
     assert code == 0 and row["name"] == "ordered:inferred@2" and row["evaluations"] == 4 + 3
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:class")
     assert code == 0 and "FID" not in printed and "Frechet (judge)" in printed and "the judge is" in printed
@@ -2008,7 +2031,8 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
     file = data.load(out / "raster.pt", "model", "")
     file["made_from"]["tokenizer"] = "another"
     data.save(tmp_path / "foreign.pt", file)
-    file["made_from"].update(tokenizer=Tokenizer.fingerprint.fget(evaluate.load_tokenizer(out / "tokenizer.pt")), data="other")
+    file["made_from"].update(tokenizer=Tokenizer.fingerprint.fget(evaluate.load_tokenizer(out / "tokenizer.pt")),
+                             data="other")
     data.save(tmp_path / "elsewhere.pt", file)
     data.sheet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "picture.png")
     for flags, message in ((("--n", 3), "n at least 4"), (("--batch", 0), "batch at least"),
@@ -2020,7 +2044,8 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
                            (("--models", f"{out}/ordered.pt:learned@all"), "leave out @all"),
                            (("--models", f"{out}/tokenizer.pt:raster"), "tokenizer"),
                            (("--models", tmp_path / "elsewhere.pt"), "not the data"),
-                           (("--lpips-backbone", "x.pth"), "both"), (("--inception", out / "raster.pt"), "leave out --inception"),
+                           (("--lpips-backbone", "x.pth"), "both"),
+                           (("--inception", out / "raster.pt"), "leave out --inception"),
                            (("--data", tmp_path), "error")):
         code, _, error = evaluation(monkeypatch, capsys, out, *flags)
         assert code == 2 and message in error and error.strip().count("\n") == 0, (flags, error)
@@ -2051,8 +2076,8 @@ def studio(tmp_path_factory):
     data.save(out / "tokenizer.pt", {"kind": "tokenizer", "version": 1, "config": tokenizer.config,
                                      "made_from": {"data": "0"}, "model": tokenizer.state_dict()})
     for name, head in (("anyorder", False), ("headed", True)):
-        save_model(out / f"{name}.pt", small_model(head=head), order="random", captions=["low red sun", "red sun", "sun"],
-                   data="sunsets", step=1, tokens_seen=16, seconds=1.0,
+        save_model(out / f"{name}.pt", small_model(head=head), order="random",
+                   captions=["low red sun", "red sun", "sun"], data="sunsets", step=1, tokens_seen=16, seconds=1.0,
                    made_from={"data": "0", "tokenizer": tokenizer.fingerprint, "tokens": "0"})
     sheet(render_sunset(7, 16)[0][None], 1, gap=0).save(out / "image.png")
     return out
@@ -2060,12 +2085,14 @@ def studio(tmp_path_factory):
 
 @pytest.fixture
 def paint(studio, monkeypatch, capsys):
-    """paint(*flags) runs sample.py's main in this process -> (exit code, what it printed, {picture: its tiles, labels})."""
+    """paint(*flags) runs sample.py's main in this process
+    -> (exit code, what it printed, {picture: its tiles, labels})."""
     def run(*flags):
         pages = {}
         monkeypatch.setattr(sample, "page", lambda path, tiles, labels, columns: pages.update(
             {str(path).split("/")[-1][:-4]: (tiles, labels)}))
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(studio), "--device", "cpu", "--n", "3", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(studio), "--device", "cpu", "--n", "3",
+                                          *map(str, flags)])
         code = 0
         try:
             data.run(sample.main)
@@ -2106,7 +2133,8 @@ def test_a_canvas_of_the_grids_size_with_nothing_known_is_plain_sampling(order):
     model, captions = small_model(head=True), ["sun", "low sun", ""]
     tokens, visited, scores = sample.fill(model, captions, torch.randint(16, (3, 16)), torch.zeros(4, 4).bool(),
                                           torch.Generator().manual_seed(5), order=order, guidance=2.0)
-    plain, plain_order = sample.generate(model, captions, order, guidance=2.0, generator=torch.Generator().manual_seed(5))
+    plain, plain_order = sample.generate(model, captions, order, guidance=2.0,
+                                         generator=torch.Generator().manual_seed(5))
     assert torch.equal(tokens, plain) and torch.equal(visited, plain_order)
     assert len(scores) == (16 if order in ("inferred", "learned") else 0)
 
@@ -2121,7 +2149,7 @@ def test_a_larger_canvas_keeps_what_is_known_and_draws_each_other_cell_once(shap
     free = (~known).flatten().nonzero()[:, 0]
     assert torch.equal(order.sort(1).values, free.expand(2, -1))
     assert len(scores) == len(free)
-    for step, (cells, value) in enumerate(scores):                             # the best-scored cell is the one drawn next
+    for step, (cells, value) in enumerate(scores):                             # the best-scored cell is drawn next
         assert torch.equal(cells.gather(1, value.argmax(1, keepdim=True))[:, 0], order[:, step])
 
 
@@ -2136,7 +2164,7 @@ def test_each_window_is_given_what_earlier_windows_drew(monkeypatch):
     known[:, 2:6] = True                                                       # the image, in the middle
     tokens = torch.randint(16, (1, 32))
     found, order, _ = sample.fill(model, [""], tokens, known, torch.Generator())
-    assert [int(keep.sum()) for _, keep in calls] == [8, 8]                    # left and right, each sees half the image
+    assert [int(keep.sum()) for _, keep in calls] == [8, 8]                    # left, right: each sees half the image
     for (given, keep), left in zip(calls, (0, 4)):
         assert torch.equal(given[:, keep], found.view(1, 4, 8)[:, :, left:left + 4].flatten(1)[:, keep])
     everything = torch.ones(4, 8, dtype=torch.bool)
@@ -2151,7 +2179,7 @@ def test_a_canvas_of_one_window_decodes_as_the_tokenizer_does_and_larger_ones_fa
     tokens = torch.randint(16, (2, 8 * 4))                                     # three windows: rows 0-3, 2-5, 4-7
     image = sample.decode(tokenizer, tokens, (8, 4))
     parts = [tokenizer.decode(tokens[:, first:first + 16]) for first in (0, 8, 16)]
-    torch.testing.assert_close(image[:, :, :8], parts[0][:, :, :8])            # only one window holds the upper two rows
+    torch.testing.assert_close(image[:, :, :8], parts[0][:, :, :8])            # only one window holds the top two rows
     torch.testing.assert_close(image[:, :, 24:], parts[2][:, :, 8:])
     above, below = parts[0][:, :, 8:], parts[1][:, :, :8]
     torch.testing.assert_close(image[:, :, 8:16], torch.lerp(above, below, (torch.arange(8.0) + 1)[:, None] / 9))
@@ -2190,15 +2218,18 @@ def test_what_is_hidden_is_filled_from_the_nearest_known_pixels():
 
 def test_a_linear_guidance_schedule_between_equal_ends_is_constant_and_else_changes_on_the_way(monkeypatch):
     model, strengths, true = small_model(), [], sample.guided
-    monkeypatch.setattr(sample, "guided", lambda logits, B, guidance: strengths.append(guidance) or true(logits, B, guidance))
+    monkeypatch.setattr(sample, "guided",
+                        lambda logits, B, guidance: strengths.append(guidance) or true(logits, B, guidance))
     chance = lambda: torch.Generator().manual_seed(3)
-    constant, same = (sample.generate(model, ["sun"], "raster", guidance=g, generator=chance()) for g in (2.0, (2.0, 2.0)))
+    constant, same = (sample.generate(model, ["sun"], "raster", guidance=g, generator=chance())
+                      for g in (2.0, (2.0, 2.0)))
     assert torch.equal(constant[0], same[0]) and set(strengths) == {2.0}
     strengths.clear()
     sample.generate(model, ["sun"], "raster", guidance=(0.0, 3.0), generator=chance())
     assert strengths == pytest.approx([3 * k / 15 for k in range(16)])
     strengths.clear()                                                          # cells that are given count as drawn
-    sample.generate(model, ["sun"], "raster", guidance=(0.0, 3.0), given=torch.zeros(1, 16).long(), keep=torch.arange(16) < 8)
+    sample.generate(model, ["sun"], "raster", guidance=(0.0, 3.0), given=torch.zeros(1, 16).long(),
+                    keep=torch.arange(16) < 8)
     assert strengths == pytest.approx([3 * k / 15 for k in range(8, 16)])
 
 
@@ -2259,7 +2290,8 @@ def test_completing_keeps_all_pixels_outside_the_mask(studio, paint, tmp_path):
     sheet(odd, 1, gap=0).save(tmp_path / "mask.png")
     for mask in ("right", "random:0.5", tmp_path / "mask.png"):
         hidden = sample.read_mask(str(mask), (16, 16), 16, (4, 4), 0)
-        code, text, pages = paint("--complete", studio / "image.png", "--mask", mask, "--order", "random", "--animate", 0)
+        code, text, pages = paint("--complete", studio / "image.png", "--mask", mask, "--order", "random",
+                                  "--animate", 0)
         assert code == 0 and "warning" not in text, text
         drawn = tiles_of(pages, "completed")
         assert len(drawn) == 3 and torch.equal(drawn[:, :, ~hidden], image[:, ~hidden].expand(3, -1, -1))
@@ -2285,7 +2317,8 @@ def test_a_mask_of_nothing_returns_the_image_and_a_mask_of_everything_is_plain_s
     code, text, pages = paint("--complete", image, "--mask", tmp_path / "none.png")
     assert code == 0 and torch.equal(tiles_of(pages, "completed"), sunset_file(image).expand(3, -1, -1, -1)), text
     for order in ("inferred", "random"):
-        _, _, pages = paint("--complete", image, "--mask", tmp_path / "all.png", "--caption", "low sun", "--order", order)
+        _, _, pages = paint("--complete", image, "--mask", tmp_path / "all.png", "--caption", "low sun",
+                            "--order", order)
         _, _, plain = paint("--caption", "low sun", "--order", order)
         assert torch.equal(tiles_of(pages, "completed"), tiles_of(plain, "samples", 0))
         _, _, other = paint("--caption", "low sun", "--order", order, "--seed", 1)
@@ -2304,7 +2337,8 @@ def test_a_caption_edits_and_each_caption_has_its_images(studio, paint):
 def test_an_extended_canvas_holds_the_image_untouched(studio, paint):
     image = sunset_file(studio / "image.png")
     for factor, height, width in (("2x", 32, 32), ("2x1", 16, 32), ("1.5x", 24, 24), ("1x3", 48, 16)):
-        code, text, pages = paint("--complete", studio / "image.png", "--extend", factor, "--animate", 0, "--order", "random")
+        code, text, pages = paint("--complete", studio / "image.png", "--extend", factor, "--animate", 0,
+                                  "--order", "random")
         drawn = tiles_of(pages, "extended")
         assert code == 0 and drawn.shape == (3, 3, height, width), text
         top, left = ((side // 4 - 4) // 2 * 4 for side in (height, width))
@@ -2316,7 +2350,8 @@ def test_an_extended_canvas_holds_the_image_untouched(studio, paint):
 def test_images_of_another_size_are_resized_with_a_warning(studio, paint, tmp_path):
     sheet(render_sunset(7, 45)[0][None], 1, gap=0).save(tmp_path / "odd.png")
     code, text, pages = paint("--complete", tmp_path / "odd.png", "--mask", "left", "--animate", 0, "--order", "raster")
-    assert code == 0 and text.startswith("warning: ") and "45x45" in text.splitlines()[0] and "16x16" in text.splitlines()[0]
+    assert (code == 0 and text.startswith("warning: ") and "45x45" in text.splitlines()[0]
+            and "16x16" in text.splitlines()[0])
     image = data.read_image(tmp_path / "odd.png", 16)
     assert torch.equal(tiles_of(pages, "completed")[:, :, :, 8:], image[:, :, 8:].expand(3, -1, -1, -1))
     # a photo that lies on its side has the size that one sees
@@ -2335,7 +2370,7 @@ def test_the_film_starts_with_what_is_given_and_ends_with_the_images(studio, pai
     film.seek(8)
     last = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1).int()
     at = lambda i: last[:, 2:130:8, 2 + 130 * i:130 * (i + 1):8]
-    assert all((at(i) - shown[i].int()).abs().float().mean() < 12 for i in range(3))           # as near as 256 colours allow
+    assert all((at(i) - shown[i].int()).abs().float().mean() < 12 for i in range(3))  # as near as 256 colours allow
     still = pages["completed_why"]
     assert len(still[0]) == 3 and all(re.fullmatch(r"from -\d.* \(dark\) to -\d.* nats", label) for label in still[1])
 
@@ -2344,8 +2379,8 @@ def test_the_brightest_free_cell_is_framed_and_drawn_next():
     images, rank = torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.tensor([[[-1, 0], [1, 2]]])
     hidden = torch.ones(16, 16).bool()
     hidden[:8, :8] = False
-    scores = [(torch.tensor([[1, 2, 3]]), torch.tensor([[-1.0, -3.0, -2.0]])), (torch.tensor([[2, 3]]), torch.tensor([[-1.0, -2.0]])),
-              (torch.tensor([[3]]), torch.tensor([[-4.0]]))]
+    scores = [(torch.tensor([[1, 2, 3]]), torch.tensor([[-1.0, -3.0, -2.0]])),
+              (torch.tensor([[2, 3]]), torch.tensor([[-1.0, -2.0]])), (torch.tensor([[3]]), torch.tensor([[-4.0]]))]
     for step, next_cell in enumerate(((0, 1), (1, 0), (1, 1))):
         shown = sample.thinking(images, hidden, rank, scores, step, 4)[0].int()                # [3, 64, 64]
         assert (shown[:, :32, :32] == 0).all()                                 # what is given shows the image
@@ -2373,7 +2408,8 @@ def test_likelihood_prints_what_the_model_says(studio, paint):
 
 def test_pictures_are_written_with_their_labels(tmp_path):
     tiles = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    sample.page(str(tmp_path / "new" / "a.png"), tiles, ["one", "a label of many words, more than three lines hold", "été \U0001f600"], 2)
+    sample.page(str(tmp_path / "new" / "a.png"), tiles,
+                ["one", "a label of many words, more than three lines hold", "été \U0001f600"], 2)
     plain = sheet(tiles, 2, gap=4 + 15 * 3)
     written = Image.open(tmp_path / "new" / "a.png")
     assert written.size == plain.size and written.tobytes() != plain.tobytes()
@@ -2415,10 +2451,11 @@ def test_what_sample_cannot_do_is_said_in_one_line(studio, paint, tmp_path, flag
 # Stop and go on; more than one process
 
 STAGES = {"tokenizer": ("--size", 16, "--codebook", 16, "--steps", 50, "--batch", 4),
-          "anyorder": ("--steps", 6, "--batch", 8, "--width", 32, "--layers", 2), "finetune": ("--steps", 6, "--batch", 8),
-          "order_infer": ()}
+          "anyorder": ("--steps", 6, "--batch", 8, "--width", 32, "--layers", 2),
+          "finetune": ("--steps", 6, "--batch", 8), "order_infer": ()}
 RESULT = {"tokenizer": "tokenizer.pt", "anyorder": "anyorder.pt", "finetune": "ordered.pt", "order_infer": "orders.pt"}
-FRESH = {"tokenizer": (), "anyorder": ("tokenizer.pt", "tokens.pt"), "order_infer": ("tokenizer.pt", "tokens.pt", "anyorder.pt"),
+FRESH = {"tokenizer": (), "anyorder": ("tokenizer.pt", "tokens.pt"),
+         "order_infer": ("tokenizer.pt", "tokens.pt", "anyorder.pt"),
          "finetune": ("tokenizer.pt", "tokens.pt", "anyorder.pt", "orders.pt")}
 
 
@@ -2500,7 +2537,7 @@ def test_resume_refuses_other_settings(chain, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("spoil", (lambda x: x * math.nan, lambda x: x + (x * 0).sqrt()), ids=("loss", "gradient"))
 @pytest.mark.parametrize("stage", ("tokenizer", "anyorder", "finetune"))
-def test_a_loss_or_gradient_that_is_not_finite_keeps_the_last_good_model(stage, spoil, chain, tmp_path, monkeypatch, capsys):
+def test_a_loss_or_gradient_not_finite_keeps_the_last_good_model(stage, spoil, chain, tmp_path, monkeypatch, capsys):
     """The fourth step goes wrong. The second way gives a finite loss whose derivative is not."""
     out, calls = start_of(stage, chain, tmp_path / "out"), itertools.count()
     monkeypatch.setattr(importlib.import_module(stage), "SAVE_EVERY", -1)
@@ -2577,7 +2614,7 @@ READERS = {"tokenizer": ("sample", "order_infer"), "tokens": ("anyorder", "order
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_spoilt_file_of_the_chain_gives_one_line_and_changes_nothing(name, chain, tmp_path, monkeypatch, capsys):
-    """Cut, with one bit turned, of another kind, or written by a stranger: with a key missing, or with nonsense in it."""
+    """Cut, with one bit turned, of another kind, or written by a stranger: with a key missing, or nonsense in it."""
     out = tmp_path / "out"
     shutil.copytree(chain[1], out)
     good, file = (out / f"{name}.pt").read_bytes(), torch.load(out / f"{name}.pt", weights_only=True)
@@ -2585,7 +2622,8 @@ def test_a_spoilt_file_of_the_chain_gives_one_line_and_changes_nothing(name, cha
     spoilt += [(out / f"{other}.pt").read_bytes() for other in READERS if other != name]
     for key in file:
         for value in (None, "x", torch.full((3, 3), 10 ** 9)):
-            save(out / "spoilt.pt", {k: v for k, v in file.items() if k != key} | ({} if value is None else {key: value}))
+            save(out / "spoilt.pt",
+                 {k: v for k, v in file.items() if k != key} | ({} if value is None else {key: value}))
             spoilt.append((out / "spoilt.pt").read_bytes())
     (out / "spoilt.pt").unlink()
     refused = 0
@@ -2622,14 +2660,16 @@ def test_models_and_orders_of_other_tokens_are_refused(chain, tmp_path, monkeypa
 
 
 def torchrun(program, *lines):
-    """Two processes, each on one thread, that call the scripts of `lines` in turn: one start of Python for all of them."""
+    """Two processes, each on one thread, that call the scripts of `lines` in turn: one start of Python for them all."""
     program = ("import importlib, json, os, signal, sys; import anyorder, data, order_infer, sample\n" + program +
                "\nfor script, *flags in json.loads(sys.argv[1]):\n"
                "    sys.argv = [script + '.py', *flags, '--device', 'cpu']\n"
                "    data.run(importlib.import_module(script).main)")
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
-                           sys.executable, "-c", program, json.dumps([[str(word) for word in line] for line in lines])],
-                          cwd=HERE, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "--no-python", sys.executable, "-c", program,
+                           json.dumps([[str(word) for word in line] for line in lines])],
+                          cwd=HERE, capture_output=True, text=True, timeout=180,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def close(a, b):
@@ -2641,15 +2681,16 @@ def close(a, b):
 
 
 def test_two_processes_do_what_one_does(chain, tmp_path, monkeypatch, capsys):
-    """The later half of the any-order training, which one process began, order inference, finetuning, and then samples and
-    evaluation of the same models."""
+    """The later half of the any-order training, which one process began, order inference, finetuning, and then samples
+    and evaluation of the same models."""
     small = "order_infer.images_at_once, sample.BATCH = lambda model: 9, 2"    # so that there is something to share
     monkeypatch.setattr(order_infer, "images_at_once", lambda model: 9)
     monkeypatch.setattr(sample, "BATCH", 2)
     torch.set_num_threads(1)
     lines = {}
     for side in ("one", "two"):
-        stages = {stage: start_of(stage, chain, tmp_path / (side + stage)) for stage in ("anyorder", "order_infer", "finetune")}
+        stages = {stage: start_of(stage, chain, tmp_path / (side + stage))
+                  for stage in ("anyorder", "order_infer", "finetune")}
         shutil.copytree(chain[1], tmp_path / (side + "out"))
         out = tmp_path / (side + "out")
         lines[side] = [[stage, "--out", stages[stage], *STAGES[stage]] for stage in stages] + [
@@ -2665,8 +2706,8 @@ def test_two_processes_do_what_one_does(chain, tmp_path, monkeypatch, capsys):
     lines["two"][0].append("--resume")
     done = torchrun(small, *lines["two"])
     assert done.returncode == 0, done.stderr
-    for text in ("16 codes", "mean rank of each cell", "to check; before", "5 images in learned", "nats per token, caption",
-                 "10 images drawn per row"):
+    for text in ("16 codes", "mean rank of each cell", "to check; before", "5 images in learned",
+                 "nats per token, caption", "10 images drawn per row"):
         assert done.stdout.count(text) == 1            # rank 0 alone prints
     for stage in ("anyorder", "order_infer", "finetune"):
         close(*(tmp_path / (side + stage) / RESULT[stage] for side in ("one", "two")))
@@ -2705,12 +2746,12 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_after_the_same_step(chain, tm
 @slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(stage, chain, tmp_path):
-    """SIGKILL at 20 random moments of a run that saves after every step; whatever is on the disk then can be resumed."""
-    program = (f"import sys, data, order_infer, {stage}; {stage}.SAVE_EVERY = -1; order_infer.images_at_once = lambda m: 1; "
-               f"sys.argv[0] = '{stage}.py'; data.run({stage}.main)")
+    """SIGKILL at 20 random moments of a run that saves after every step; what is on the disk then can be resumed."""
+    program = (f"import sys, data, order_infer, {stage}; {stage}.SAVE_EVERY = -1; "
+               f"order_infer.images_at_once = lambda m: 1; sys.argv[0] = '{stage}.py'; data.run({stage}.main)")
     flags = [str(flag) for flag in flags_of(stage, chain)] + ["--steps", "100"] * (stage != "order_infer")
-    run = lambda out, *more: subprocess.Popen([sys.executable, "-c", program, "--out", str(out), *flags, *more], cwd=HERE,
-                                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = lambda out, *more: subprocess.Popen([sys.executable, "-c", program, "--out", str(out), *flags, *more],
+                                              cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def begun(process, out):
         """Waits until it writes something: a kill while Python starts would prove nothing."""

@@ -70,6 +70,7 @@ def batch_of(step, batch, n, seed):
 
 @lru_cache(2)
 def permutation(n, seed, epoch):
+    """A random permutation of 0..n-1, a list: always the same one for the same n, seed and epoch."""
     return torch.randperm(n, generator=seeded(seed, "epoch", epoch)).tolist()
 
 
@@ -275,6 +276,7 @@ def leave_interrupts(_):
 
 
 def collate(items):
+    """B pairs (uint8 [3, H, W], caption) -> (uint8 [B, 3, H, W], list of B captions)."""
     return torch.stack([image for image, _ in items]), [caption for _, caption in items]
 
 
@@ -350,11 +352,12 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
                 bar.close()
                 print(f"stopped at step {step + 1:,}: python tokenizer.py --resume goes on from {printable(path)}")
                 raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, signal.default_int_handler)     # to encode again is little work: Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # encoding again is little work: Ctrl-C ends it at once
     return model
 
 
 def resume_path(out):
+    """The file in the folder `out` that --resume goes on from."""
     return os.path.join(out, "tokenizer_resume.pt")
 
 
