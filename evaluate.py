@@ -401,7 +401,8 @@ def open_rows(texts, out, tokenizer, device):
                 opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
                 if fingerprint(policy.state_dict()) != about["made_from"].get("model"):
                     raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
-            if {"learned": not model.config["order_head"], "class": "caption_rank" not in about}.get(order):
+            headless = not model.config["order_head"]
+            if {"learned": headless, "sampled": headless, "class": "caption_rank" not in about}.get(order):
                 raise UserError(f"{printable(path)} knows no {order} order: "
                                 "run python finetune.py and name what it writes")
             rows.append((f"{stem}:{order}" + f"@{steps}" * bool(steps), model, order, int(steps or 0), policy))

@@ -34,7 +34,7 @@ from data import (FORMATS, UserError, arguments, one_line, pick_device, printabl
 from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, touching_cells, without
 from tokenizer import load_tokenizer, seeded
 
-ORDERS = ("raster", "random", "inferred", "class", "learned")
+ORDERS = ("raster", "random", "inferred", "class", "learned", "sampled")
 TILE = 128          # pixels: an image of the trained size is shown about so large
 BATCH = 32          # images drawn at once
 
@@ -64,8 +64,8 @@ def caption_orders(model, captions):
 
 
 def steps_of(cells, parallel):
-    """How many cells each step draws: one each, or with `parallel` steps as many as 1 - cos(pi/2 k / parallel) of all cells
-    asks for: few at first, when all is open (the schedule of MaskGIT, arXiv 2202.04200). steps_of(8, 4) is [1, 1, 3, 3]."""
+    """How many cells each step draws: one, or in `parallel` steps few at first, when all is open. After k steps the
+    share 1 - cos(pi/2 k / parallel) is drawn (MaskGIT, arXiv 2202.04200). steps_of(8, 4) is [1, 1, 3, 3]."""
     if not 0 < parallel < cells:
         return [1] * cells
     after = [round(cells * (1 - math.cos(math.pi / 2 * k / parallel))) for k in range(parallel + 1)]
@@ -87,22 +87,22 @@ def best_apart(value, cells, n, near):
 
 
 @torch.inference_mode()
-def generate(model, captions, order="inferred", score="confidence", distance=0.0, policy=None, parallel=0, explore=0.0,
+def generate(model, captions, order="inferred", score="confidence", distance=0.0, policy=None, parallel=0,
              temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, given=None, keep=None, generator=None, watch=None):
     """Draws one image per caption: (tokens [B, N] int64, order [B, N] int64).
 
     captions   B strings
-    order      "raster", "random", "inferred", "class", "learned", or a visit list [B, N]
+    order      "raster", "random", "inferred", "class", "learned" (the order head's likeliest cell), "sampled" (a cell
+               by the head's probabilities), or a visit list [B, N]
     score, distance    how "inferred" chooses, see order_infer.location_scores
     policy     another model that chooses the inferred locations (say, the any-order model that the orders came from)
     parallel   draw in so many steps, several cells in each (0: one by one). Cells of one step do not see each other
-    explore    temperature of the location: 0 takes the best one, 1 draws it from the softmax of the scores
     guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
                A pair (a, b) goes from a at the first cell to b at the last, linearly in the share of drawn cells
     given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn
     generator  of torch, on the model's device; makes it repeatable
     watch      a list that receives, for each cell, (free cells [B, C], their scores [B, C] in nats) where the order has
-               scores: "inferred" those of location_scores, "learned" the order head's log-probabilities
+               scores: "inferred" those of location_scores, else the order head's log-probabilities
     """
     B, N, device = len(captions), model.N, model.hop.device
     generator = generator or torch.Generator(device).manual_seed(0)
@@ -117,8 +117,9 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     fixed, order = (order, "given") if isinstance(order, torch.Tensor) else (None, order)      # the visit list, if any
     if order not in (*ORDERS, "given"):
         raise UserError(f"order {order!r} is not known: choose one of {', '.join(ORDERS)}")
-    if order == "learned" and not model.config["order_head"]:
-        raise UserError("this model has no order head, order 'learned' needs one: run python finetune.py first")
+    headed = order in ("learned", "sampled")
+    if headed and not model.config["order_head"]:
+        raise UserError(f"this model has no order head, order {order!r} needs one: run python finetune.py first")
     fixed = (raster_order(B, N) if order == "raster" else
              torch.rand(B, N, generator=generator, device=device).argsort(1) if order == "random" else
              caption_orders(model, captions) if order == "class" else fixed)
@@ -134,7 +135,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], n cells fewer each step
         logits = content = None
         strength = first + (last - first) * k / max(1, N - 1)
-        if order == "learned":
+        if headed:
             value = drawing.next_location()[:B].gather(1, pool).log_softmax(1)
         elif order == "inferred":                                          # try every cell of the pool
             if chooser is not None:
@@ -149,11 +150,10 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             value = value - distance * lengths[drawing.cell[:B], pool]
         else:                                                              # the earlier in the visit list, the better
             value = -torch.arange(pool.shape[1], device=device).expand(B, -1)
-        if watch is not None and order in ("learned", "inferred"):
+        if watch is not None and (headed or order == "inferred"):
             watch += [(pool.cpu(), value.float().cpu())] * n
-        if explore and order in ("learned", "inferred"):                   # Gumbel noise makes the best one a fair draw
-            noise = torch.empty(value.shape, device=device).exponential_(generator=generator).log()
-            value = value - explore * noise
+        if order == "sampled":                                             # Gumbel noise makes the best one a fair draw
+            value = value - torch.empty(value.shape, device=device).exponential_(generator=generator).log()
         choice = best_apart(value, pool, n, near)                          # [B, n]
         cell, at = pool.gather(1, choice), choice                          # [B, n]
         if logits is None:                                                 # the locations are known: look there only
@@ -165,7 +165,8 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             token = content.gather(1, choice)
         else:
             here = guided(logits.gather(1, at[..., None].expand(-1, -1, model.V)), B, strength)        # [B, n, V]
-            token = torch.multinomial(filtered(here.flatten(0, 1), temperature, top_k, top_p), 1, generator=generator).view(B, n)
+            p = filtered(here.flatten(0, 1), temperature, top_k, top_p)
+            token = torch.multinomial(p, 1, generator=generator).view(B, n)
         tokens.scatter_(1, cell, token)
         drawing.place(at, token.repeat(copies, 1))
         if chooser is not None:
@@ -359,7 +360,7 @@ def main():
     parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
     parser.add_argument("--n", type=int, default=8, help="how many images (of each --caption)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
-    parser.add_argument("--parallel", metavar="S", type=int, default=0, help="draw in S steps, several cells each (0: one)")
+    parser.add_argument("--parallel", metavar="S", type=int, default=0, help="draw in S steps, several cells at once")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that make up P")
     parser.add_argument("--guidance", default="1.5", help="towards the caption (1: none); 0:3 goes from 0 to 3")
     parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
@@ -370,8 +371,9 @@ def main():
     parser.add_argument("--likelihood", metavar="IMAGE", default="", help="only print the nats per token of this image")
     args = parser.parse_args()
     if not (args.n > 0 <= args.parallel and 0 < args.top_p <= 1 and args.temperature >= 0 and 0 <= args.animate <= 600):
-        raise UserError(f"--n {args.n} --parallel {args.parallel} --top-p {args.top_p} --temperature {args.temperature} "
-                        f"--animate {args.animate}: expected n > 0, top-p in (0, 1], animate up to 600, none negative")
+        raise UserError(f"--n {args.n} --parallel {args.parallel} --top-p {args.top_p} "
+                        f"--temperature {args.temperature} --animate {args.animate}: "
+                        "expected n > 0, top-p in (0, 1], animate up to 600, none negative")
     if args.mask and not args.complete or args.complete and not args.mask + args.extend:
         raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
     if args.likelihood and (args.complete or args.extend or args.why):
@@ -412,7 +414,7 @@ def main():
         canvas[:, *area], hidden[area] = picture, mask
     known = ~hidden.view(R, side, C, side).any(3).any(1)                       # cells hidden in part are drawn
     F = int((~known).sum())
-    if not 0 <= args.why <= F or args.why and order not in ("inferred", "learned"):
+    if not 0 <= args.why <= F or args.why and order not in ("inferred", "learned", "sampled"):
         raise UserError(f"--why {args.why}: expected a step from 1 to {F}, in inferred or learned order, not {order}")
     captions = [caption for caption in captions or [""] for _ in range(args.n)]
     if not args.caption and not args.complete:

@@ -489,11 +489,11 @@ def test_parallel_drawing_from_the_command_line(chain, tmp_path, monkeypatch, ca
     assert code == 0 and (out / "samples_why.png").exists() and (out / "samples.gif").exists(), printed
 
 
-def test_exploring_draws_the_location_from_the_softmax_of_its_score():
+def test_a_sampled_order_draws_the_location_from_the_heads_softmax():
     model, n = tiny(rows=2, cols=2, codebook=5, order_head=True), 4000
     with torch.inference_mode():
         p = Drawing(model, model.read([""])).next_location()[0].softmax(0)
-    first = sample.generate(model, [""] * n, order="learned", explore=1.0)[1][:, 0]
+    first = sample.generate(model, [""] * n, order="sampled")[1][:, 0]
     share = torch.bincount(first, minlength=4) / n
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()        # odds of a false alarm below 1 in 400,000
     assert (sample.generate(model, [""] * 9, order="learned")[1][:, 0] == p.argmax()).all()
