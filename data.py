@@ -746,8 +746,7 @@ def main():
     for i, caption in zip(chosen, captions):
         print(f"{i:8d}  {caption}")
     path = os.path.join(args.out, "data.png")
-    with replacing(path) as file:
-        sheet(images, 8, math.ceil(96 / args.size)).save(file, "PNG")
+    save_picture(path, sheet(images, 8, math.ceil(96 / args.size)))
     print(f"wrote {printable(path)}: these {len(images)} images, row by row")
 
 

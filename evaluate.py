@@ -450,7 +450,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     def my_batches(what, count):
         """Where each batch of this process begins, and its dice: the same for every row, whoever throws them."""
         for i in range(process * batch, count, world * batch):
-            yield i, torch.Generator(device).manual_seed(seeded(seed, what, i).initial_seed())
+            yield i, seeded(seed, what, i, device=device)
 
     # draw, and count the inputs that went through an output layer: what drawing costs on any machine
     evaluated, drawn = [], []
@@ -603,6 +603,7 @@ def compared(work, ours, other=None, unit="", ratio=None, least=None, most=None)
 
 
 def library_attention(q, k, v):
+    """What fused_attention is compared with: q, k, v [B, heads, T, d] -> [B, heads, T, d]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -669,11 +670,13 @@ def bare(products, device, dtype, training=False):
 
 
 def untrained(device, side, width, layers):
+    """An AnyOrder of side x side cells with random weights, 10 words and captions of 8."""
     return anyorder.AnyOrder({"rows": side, "cols": side, "codebook": 512, "width": width, "layers": layers,
                               "order_head": False, "words": list("abcdefghij"), "caption_length": 8}).to(device)
 
 
 def attention_speed(device, dtype):
+    """fused_attention beside the library's kernel and beside its own definition, forward and backward, in ms."""
     for (B, heads, T, d), targets in ATTENTION.items():
         x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
         grad = torch.randn(B, T, heads * d, device=device).to(dtype)
@@ -690,6 +693,7 @@ def attention_speed(device, dtype):
 
 @torch.inference_mode()
 def candidate_speed(device, dtype, B=16, heads=8, T=128, C=128, d=64):
+    """candidate_attention beside the better of the two obvious ways to do it with the library's kernel, in ms."""
     q, k, v = torch.randn(B, C, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     past = torch.randn(2, B, heads, 2 * T, d, device=device).to(dtype)[:, :, :, :T]
     ways = anyorder.candidate_attention, masked_candidates, repeated_candidates

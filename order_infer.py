@@ -33,13 +33,13 @@ import os
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (AnyOrder, Drawing, interrupted, join, learning_rate, load_model, on_interrupt, open_tokens,
-                      precision, rank_of)
-from data import UserError, arguments, fingerprint, load, pick_device, run, save, save_picture, sheet, to_uint8
+from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokens, precision,
+                      rank_of)
+from data import (UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save, save_picture, sheet,
+                  to_uint8)
 from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, seeded
 
 HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
@@ -124,10 +124,11 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0):
             value = value - distance * lengths[drawing.cell, free]
         choice = value.argmax(1, keepdim=True)                             # [B, 1]
         cell = order[:, k:k + 1] = free.gather(1, choice)
+        free = without(free, choice)
         if score == "learned":                                             # only now is one cell looked at
             drawing.look(cell)
-        drawing.place(torch.zeros_like(choice) if score == "learned" else choice, tokens.gather(1, cell))
-        free = without(free, choice)
+            choice = torch.zeros_like(choice)
+        drawing.place(choice, tokens.gather(1, cell))
     return order
 
 
@@ -136,11 +137,8 @@ def shared_orders(model, tokens, words, score, distance, kind, rank=0, world=1):
     All receive all, on the CPU."""
     tokens, words = (x.tensor_split(world)[rank].to(model.hop.device) for x in (tokens, words))
     with torch.autocast(tokens.device.type, kind, enabled=kind != torch.float32):
-        parts = [infer_orders(model, tokens, words, score, distance).cpu()]
-    if world > 1:
-        mine, parts = parts[0], [None] * world
-        dist.all_gather_object(parts, mine)
-    return torch.cat(parts)
+        found = infer_orders(model, tokens, words, score, distance).cpu()
+    return torch.cat(in_turn([found])) if world > 1 else found
 
 
 def images_at_once(model):
@@ -283,8 +281,7 @@ def main():
 
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
     index = torch.cat((train[:args.limit or None], check))
-    # so many by trying every cell; of training images
-    exact, known = len(index), len(index) - len(check)
+    exact, known = len(index), len(index) - len(check)                     # exact orders; those of training images
     if args.fast:
         if known == len(train):
             raise UserError(f"--fast --limit {args.limit}: no image of {len(train):,} is left for the head, leave out "
@@ -318,7 +315,8 @@ def main():
                 pupil = learn_head(model, tokens[some].to(device), words[some].to(device),
                                    order[:known].long().to(device), args.seed,
                                    0 if head else HEAD_STEPS, kind, rank > 0)
-                pupil.where.load_state_dict(head or pupil.where.state_dict())
+                if head:                               # it had learned before the interruption
+                    pupil.where.load_state_dict(head)
                 head = pupil.where.state_dict()
             rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
             how = (model, args.score, args.distance) if done < exact else (pupil, "learned", 0.0)

@@ -29,8 +29,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from anyorder import Drawing, in_turn, join, load_model, random_order, rank_of, raster_order
-from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run, sheet,
-                  to_float, to_uint8)
+from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run,
+                  save_picture, sheet, to_float, to_uint8)
 from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, touching_cells, without
 from tokenizer import load_tokenizer, seeded
 
@@ -308,8 +308,7 @@ def page(path, tiles, labels, columns):
     for i, lines in enumerate(labels):
         corner = gap + i % columns * (tiles.shape[3] + gap), (i // columns + 1) * (tiles.shape[2] + gap)
         ImageDraw.Draw(picture).multiline_text(corner, "\n".join(lines), "black", font, spacing=2)
-    with replacing(path) as file:
-        picture.save(file, "PNG")
+    save_picture(path, picture)
 
 
 def thinking(images, hidden, rank, scores, step, scale):
@@ -425,7 +424,7 @@ def main():
     drawn = []
     for i in range(process * BATCH, len(captions), world * BATCH):             # each batch has dice of its own: whoever
         asked = captions[i:i + BATCH]                                          # draws it, it comes out the same
-        generator = torch.Generator(device).manual_seed(seeded(args.seed, "draw", i).initial_seed())
+        generator = seeded(args.seed, "draw", i, device=device)
         found, visited, watched = fill(model, asked, tokens.flatten().repeat(len(asked), 1), known, generator, **how)
         drawn.append((decode(tokenizer, found, (R, C)), visited, [] if i else watched))
     drawn, orders, (scores, *_) = zip(*in_turn(drawn))                         # only the first few images show scores

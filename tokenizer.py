@@ -51,11 +51,11 @@ SAVE_EVERY = 30                 # seconds between two states to --resume from
 
 # ---------------------------------------------------------------- pure functions
 
-def seeded(*key):
+def seeded(*key, device="cpu"):
     """A random generator that depends on `key` alone. Keyed by (seed, step), it lets a resumed run repeat what an
     uninterrupted one would have drawn, without any generator's state on the disk."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def batch_of(step, batch, n, seed):
@@ -272,7 +272,8 @@ def batches(dataset, index_lists):
 
 
 def leave_interrupts(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C reaches all processes; the parent decides
+    """A reading process starts with this: Ctrl-C reaches all processes, but the parent alone decides what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(items):
@@ -422,7 +423,7 @@ def check(size, downsample, codebook, steps, batch, limit):
         raise UserError(f"--size {size} is not divisible by --downsample {downsample}: take --size "
                         f"{max(1, round(size / downsample)) * downsample}")
     if not 2 <= codebook <= 65536:
-        raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 256")
+        raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 512")
     if steps < 1 or batch < 1 or limit < 0:
         raise UserError(f"--steps {steps} --batch {batch} --limit {limit}: expected at least 1, 1 and 0")
 
