@@ -196,6 +196,13 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     return out
 
 
+def cached_attention(q, k, v):
+    """Few queries, each of which sees all keys: q [B, heads, n, d], k, v [B, heads, T, d] (say, slices of a larger
+    cache) -> [B, heads, n, d]. For inference: no backward pass."""
+    p = products(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), q.shape[-1] ** -0.5)    # [B * heads, n, T]
+    return torch.bmm(torch.softmax(p, -1, out=p), v.flatten(0, 1)).view(q.shape)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -316,13 +323,16 @@ class Drawing:
     """B images being drawn: the model with its key/value cache. The cached twin of `forward`.
 
         drawing = Drawing(model, words)     words [B, L] from model.read(captions)
-        logits = drawing.look(cells)        cells [B, C]: what would be drawn there? -> [B, C, V]; changes nothing
+        logits = drawing.look(cells)        cells [B, C]: what would be drawn there? -> [B, C, V]
         drawing.place(choice, token)        of the cells just looked at, take numbers choice [B, n], draw token [B, n]
 
     The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
-    attends to it and to itself, and only the keys and values of the chosen one are kept. One cell is placed at a time,
-    or several (n > 1), which then come after one another as if they had been drawn so: the next look first runs the
-    inputs that lead from each of them to the next, all in the same pass.
+    attends to it and to itself, and only the keys and values of the chosen one are kept.
+
+    One cell is placed at a time, or several at once (n > 1). Then each of these leads to one of the cells looked at
+    next, and the last one to all others, so that a cell never costs more than one input; they all see each other. Such
+    a pass is no longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
+    The next look is at n cells or more: of a drawing in steps, the small ones come first.
     """
 
     def __init__(self, model, words):
@@ -340,42 +350,46 @@ class Drawing:
         self.before = model.norm(x)[:, -1:]                                # [B, 1, D], the output of the last step
         self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
-        self.waiting = self.drawn[:, :0]                                   # [B, n - 1, D], inputs that the cache lacks
 
     def look(self, cells):
-        x = torch.cat((self.waiting, self.drawn + self.model.embed_next(self.cell, cells)), 1)      # [B, w + C, D]
-        w, only = self.waiting.shape[1], cells.shape[1] == 1
-        start, sure, self.t = self.t, w + only, self.t + w                 # a single candidate enters the cache at once
-        seen = torch.ones(sure, start + sure, dtype=torch.bool, device=x.device).tril(start) if sure > 1 else None
-        self.cells, self.offered, self.waiting = cells, [], self.waiting[:, :0]
+        n, start = self.drawn.shape[1], self.t                             # n cells were drawn last
+        origin = torch.arange(cells.shape[1], device=cells.device).clamp_max(n - 1)
+        x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], cells)         # [B, C, D]
+        self.cells, self.offered, self.first = cells, [], n - 1
         for i, block in enumerate(self.model.blocks):
-            q, k, v = block.split(x)                                       # [B, heads, w + C, d]
-            self.k[i, :, :, start:start + sure], self.v[i, :, :, start:start + sure] = k[:, :, :sure], v[:, :, :sure]
-            old_k, old_v, y = self.k[i, :, :, :start + sure], self.v[i, :, :, :start + sure], []
-            # these see the cache, and each other backwards
-            if sure:
-                y.append(F.scaled_dot_product_attention(q[:, :, :sure], old_k, old_v, attn_mask=seen))
-            if not only:
-                self.offered.append((k[:, :, w:], v[:, :, w:]))
-                y.append(candidate_attention(q[:, :, w:], *self.offered[i], old_k, old_v))
-            x = block.merge(x, torch.cat(y, 2))
-        self.after = self.model.norm(x[:, w:])                             # [B, C, D]
+            q, k, v = block.split(x)                                       # [B, heads, C, d]
+            self.k[i, :, :, start:start + n], self.v[i, :, :, start:start + n] = k[:, :, :n], v[:, :, :n]
+            old_k, old_v = self.k[i, :, :, :start + n], self.v[i, :, :, :start + n]
+            y = cached_attention(q[:, :, :n], old_k, old_v)                # the n see the cache and each other
+            if cells.shape[1] > n:                                         # the others are offers of the last of them
+                self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
+                rest = candidate_attention(*(z[:, :, n:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
+                y = torch.cat((y, rest), 2)
+            x = block.merge(x, y)
+        self.after = self.model.norm(x)                                    # [B, C, D]
         return self.model.head(self.after)
 
     def place(self, choice, token):
-        row, first = torch.arange(len(choice), device=choice.device), choice[:, 0]
+        row = torch.arange(len(choice), device=choice.device)
+        self.t += self.drawn.shape[1]
+        taken = (choice[:, 0] - self.first).clamp_min(0)                   # which offer of the last cell is kept
         for i, (k, v) in enumerate(self.offered):
-            self.k[i, :, :, self.t], self.v[i, :, :, self.t] = k[row, :, first], v[row, :, first]
-        self.t += 1
+            self.k[i, :, :, self.t - 1], self.v[i, :, :, self.t - 1] = k[row, :, taken], v[row, :, taken]
         self.before = self.after[row, choice[:, -1]][:, None]
-        cells = self.cells.gather(1, choice)                               # [B, n]
-        drawn = self.model.embed_drawn(token, cells)                       # [B, n, D]
-        self.waiting = drawn[:, :-1] + self.model.embed_next(cells[:, :-1], cells[:, 1:])
-        self.cell, self.drawn = cells[:, -1:], drawn[:, -1:]
+        self.cell = self.cells.gather(1, choice)                           # [B, n]
+        self.drawn = self.model.embed_drawn(token, self.cell)              # [B, n, D]
 
     def next_location(self):
         """The order head's logits for the next cell, drawn ones included: [B, N]."""
-        return self.model.next_location(self.drawn, self.before)[:, 0]
+        return self.model.next_location(self.drawn[:, -1:], self.before)[:, 0]
+
+
+def one_of(p, generator=None):
+    """A number for each row of probabilities p [n, V]: [n, 1] int64. One uniform number inverts the distribution
+    function, where torch.multinomial would draw V random numbers, a sixth of all time when images are drawn."""
+    total = p.cumsum(-1)
+    height = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)               # (0, 1]: never before the
+    return torch.searchsorted(total, height * total[:, -1:])                               # first p > 0, nor the last
 
 
 @torch.inference_mode()
@@ -387,7 +401,7 @@ def draw(model, captions, order, generator=None):
     first = order.new_zeros(len(order), 1)
     for cell in order.split(1, dim=1):                                     # [B, 1]
         p = drawing.look(cell)[:, 0].float().softmax(-1)
-        token = torch.multinomial(p, 1, generator=generator)
+        token = one_of(p, generator)
         tokens.scatter_(1, cell, token)
         drawing.place(first, token)
     return tokens

@@ -20,7 +20,7 @@ writes   out/judge.pt, out/results.json, out/results.png (main figures as bars),
          drawn in each order, with the orders)
 run      python evaluate.py                                           all models in out/, 500 images each
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
-         python evaluate.py --speed                                   speed and memory, 3 minutes; writes out/speed.json
+         python evaluate.py --speed                                   speed and memory, 4 minutes; writes out/speed.json
 you see  the table, and below it whether the judge can be trusted
 not here training the models (anyorder.py, finetune.py); what people think of the images
 """
@@ -576,7 +576,7 @@ LONG = (1, 8, 4096, 64)                                # here the memory counts
 # cells per side; images in a training step, in plain drawing, in order inference
 MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 64},
           "cuda": {"side": 16, "width": 768, "layers": 14, "batch": 64, "draw": 256, "infer": 64},     # 100M parameters
-          "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 32, "least": 20}}
+          "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 128, "least": 20}}
 SECONDS = 12                                           # for each comparison; or four rounds, where they take longer
 
 
@@ -669,10 +669,10 @@ def bare(products, device, dtype, training=False):
     return multiply
 
 
-def untrained(device, side, width, layers):
+def untrained(device, side, width, layers, order_head=False):
     """An AnyOrder of side x side cells with random weights, 10 words and captions of 8."""
     return anyorder.AnyOrder({"rows": side, "cols": side, "codebook": 512, "width": width, "layers": layers,
-                              "order_head": False, "words": list("abcdefghij"), "caption_length": 8}).to(device)
+                              "order_head": order_head, "words": list("abcdefghij"), "caption_length": 8}).to(device)
 
 
 def attention_speed(device, dtype):
@@ -773,6 +773,24 @@ def inference_speed(device, dtype, infer, **size):
     yield compared("    10,000 images at that rate", 1e4 * ours / B, unit="s", most=300 if N == 64 else None)
 
 
+def order_speed(device, infer, **size):
+    """What an order costs when images are drawn: the order head beside raster and beside exact inference, and both of
+    them in a quarter of the steps beside one cell at a time. For one image, and for many."""
+    model = untrained(device, order_head=True, **size)
+    S = model.N // 4
+    for B in (1, infer):
+        ways = ("raster", 0), ("learned", 0), ("inferred", 0), ("learned", S), ("inferred", S)
+        raster, learned, exact, learned_few, exact_few = medians(
+            device, *(functools.partial(generate, model, [""] * B, order, parallel=steps) for order, steps in ways))
+        name = f"drawing, {model.N} cells, batch {B}:"
+        yield compared(f"{name} learned order, raster", B / learned, B / raster, "images/s", learned / raster, most=1.3)
+        yield compared(f"{name} learned order, exact", B / learned, B / exact, "images/s", exact / learned)
+        yield compared(f"{name} learned in {S} steps, one by one", B / learned_few, B / learned, "images/s",
+                       learned / learned_few, least=3)
+        yield compared(f"{name} exact in {S} steps, one by one", B / exact_few, B / exact, "images/s",
+                       exact / exact_few, least=3)
+
+
 def memory_use(device, dtype):
     """What fused_attention needs beside its inputs, its output and their gradients, against the square of scores."""
     B, heads, T, d = LONG
@@ -787,14 +805,14 @@ def memory_use(device, dtype):
 
 
 def speed_table(device, out):
-    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 3 minutes."""
+    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 4 minutes."""
     dtype, model = anyorder.precision(device), dict(MODELS["cuda" if device.type == "cuda" else "cpu"])
     batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
     dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)
     parts = [part(device, each) for part in (attention_speed, candidate_speed) for each in dtypes] + [
         training_speed(device, dtype, batch, **model), drawing_speed(device, draw, **model),
         drawing_speed(device, **MODELS["drawing"]), inference_speed(device, dtype, infer, **model),
-        memory_use(device, dtype)]
+        order_speed(device, infer, **model), memory_use(device, dtype)]
     rows = [row for part in tqdm(parts, desc="speed", unit="part", dynamic_ncols=True) for row in part]
     machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype)[6:],

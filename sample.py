@@ -28,7 +28,7 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from anyorder import Drawing, in_turn, join, load_model, random_order, rank_of, raster_order
+from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
 from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run,
                   save_picture, sheet, to_float, to_uint8)
 from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, touching_cells, without
@@ -71,7 +71,7 @@ def steps_of(cells, parallel):
     after = [round(cells * (1 - math.cos(math.pi / 2 * k / parallel))) for k in range(parallel + 1)]
     for k in range(1, parallel + 1):                                       # at least one each
         after[k] = min(max(after[k], after[k - 1] + 1), cells - parallel + k)
-    return [b - a for a, b in zip(after, after[1:])]
+    return sorted(b - a for a, b in zip(after, after[1:]))
 
 
 def best_apart(value, cells, n, near):
@@ -144,10 +144,10 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
                 tried = logits = drawing.look(pool.repeat(copies, 1))
             if score == "likelihood":                                      # draw everywhere, keep the likeliest
                 p = filtered(guided(tried, B, strength).flatten(0, 1), temperature, top_k, top_p)
-                content = torch.multinomial(p, 1, generator=generator).view(pool.shape)
+                content = one_of(p, generator).view(pool.shape)
                 content = content if k >= head else tokens.gather(1, pool)
             value = location_scores(tried[:B], score, model.frequency, content)
-            value = value - distance * lengths[drawing.cell[:B], pool]
+            value = value - distance * lengths[drawing.cell[:B, -1:], pool]
         else:                                                              # the earlier in the visit list, the better
             value = -torch.arange(pool.shape[1], device=device).expand(B, -1)
         if watch is not None and (headed or order == "inferred"):
@@ -166,7 +166,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
         else:
             here = guided(logits.gather(1, at[..., None].expand(-1, -1, model.V)), B, strength)        # [B, n, V]
             p = filtered(here.flatten(0, 1), temperature, top_k, top_p)
-            token = torch.multinomial(p, 1, generator=generator).view(B, n)
+            token = one_of(p, generator).view(B, n)
         tokens.scatter_(1, cell, token)
         drawing.place(at, token.repeat(copies, 1))
         if chooser is not None:
