@@ -44,6 +44,9 @@ from order_infer import (check_model, images_at_once, load_orders, location_loss
 from tokenizer import SAVE_EVERY, batch_of, seeded
 
 
+GIVEN = 0.25        # share of training images of which some part is given, so that completion stays a skill
+
+
 def specialised_orders(kind, file, held, index):
     """The order to train each of the images `index` (rows of tokens.pt) on: [n, N] int64."""
     if kind == "inferred":
@@ -55,6 +58,18 @@ def specialised_orders(kind, file, held, index):
     N = held["tokens"].shape[1]
     return (random_order(len(index), N, seeded("check")) if kind == "random"
             else raster_order(len(index), N).contiguous())
+
+
+def given_first(order, rows, cols, generator):
+    """order [B, N], visit lists of a rows x cols grid, on the CPU -> (order [B, N], given [B, 1]). In one of four, cells
+    on one side of a random line come first, as if given to be completed; both sides stay in their order. `given` counts
+    them, 0 for the others."""
+    B, N = order.shape
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()           # [N, 2]
+    along = place @ torch.randn(2, B, generator=generator)                 # [N, B], how far across the line
+    given = (torch.rand(B, 1, generator=generator) < GIVEN) * (N * torch.rand(B, 1, generator=generator)).long()
+    later = rank_of(along.T.argsort(1)) >= given                           # [B, N] bool, by cell
+    return order.gather(1, later.gather(1, order).int().argsort(dim=1, stable=True)), given
 
 
 @torch.no_grad()
@@ -108,9 +123,9 @@ def main():
     captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
     train, val = (file["index"][held["split"][file["index"]] == part] for part in (0, 1))
     val = val if len(val) else train[:512]
-    order = specialised_orders(args.order, file, held, train).to(device)
+    order = specialised_orders(args.order, file, held, train)
     val_order = specialised_orders(args.order, file, held, val).to(device)
-    N, small = model.N, torch.uint8 if model.N <= 256 else torch.int32
+    grid, N, small = model.config, model.N, torch.uint8 if model.N <= 256 else torch.int32
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
     made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
@@ -127,7 +142,7 @@ def main():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
-        order, val_order = state["order"].long().to(device), state["val_order"].long().to(device)
+        order, val_order = state["order"].long(), state["val_order"].long().to(device)
         kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
@@ -154,10 +169,10 @@ def main():
         for part in tqdm(both.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
             found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"],
-                                       file["config"]["distance"], kind, rank, world))
+                                       file["config"]["distance"], 0, kind, rank, world))
             if interrupted(stop, device):
                 leave()
-        return torch.cat(found).to(device).split((len(train), len(val)))
+        return torch.cat(found).split((len(train), len(val)))
 
     if rank == 0:
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
@@ -169,20 +184,24 @@ def main():
         start, chance = time.time(), seeded(args.seed, step)
         if step and step % args.steps == 0:
             old, (order, val_order) = val_order, infer_again()
+            val_order = val_order.to(device)
             agree = rank_correlation(rank_of(old), rank_of(val_order))
             say(f"round {step // args.steps + 1}: new orders, rank correlation {agree:.3f} with those before; "
                 f"held out {evaluate()[0]:.3f} nats per token")
-        pick = torch.tensor(batch_of(step, args.batch, len(train), args.seed))[rank::world].to(device)
-        told = (torch.rand(args.batch, 1, generator=chance) >= DROP)[rank::world].to(device)
-        o, t = order[pick], tokens[train.to(device)[pick]]
-        if args.order == "random":
-            o = random_order(args.batch, N, chance)[rank::world].to(device)
+        batch = torch.tensor(batch_of(step, args.batch, len(train), args.seed))
+        o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
+        o, given = given_first(o, grid["rows"], grid["cols"], chance)
+        told = torch.rand(args.batch, 1, generator=chance) >= DROP
+        mine = slice(rank, None, world)                                    # each process takes its share
+        pick, o, given, told = (x[mine].to(device) for x in (train[batch], o, given, told))
+        t = tokens[pick]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step % args.steps, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            what, where = parallel(t, captions[train.to(device)[pick]] * told, o)          # [B, N, V], [B, N, N]
+            what, where = parallel(t, captions[pick] * told, o)          # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
-            place = location_loss(where, o).mean()
+            chosen = torch.arange(N, device=device) >= given               # [B, N], not given but chosen
+            place = (location_loss(where, o) * chosen).sum() / chosen.sum()
         (loss + place).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
         if not math.isfinite(loss.item() + place.item() + norm.item()):
@@ -222,7 +241,8 @@ def main():
         os.remove(unfinished)
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
     if args.order == "inferred":
-        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(), "learned", 0.0, kind)
+        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(),
+                              file["config"]["score"], 0.0, 1, kind)
         print("the order head's own orders of these images correlate by "
               f"{rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} with the inferred ones")
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"

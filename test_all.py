@@ -221,19 +221,76 @@ def test_the_cached_path_equals_the_full_forward_pass():
             drawing.place(torch.ones(5, 1, dtype=torch.long), tokens.gather(1, order[:, k:k + 1]))
 
 
-def test_cells_placed_together_enter_the_cache_as_if_drawn_one_by_one():
-    model, order = (tiny(rows=3, cols=3, codebook=5, order_head=True),
-                    random_order(4, 9, torch.Generator().manual_seed(3)))
-    tokens, captions = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(4)), ["sun", "", "sun", "sea"]
+def masked_logits(model, x, seen):
+    """The model's layers with attention as its definition: x [B, T, D], seen [T, T] bool says who sees whom."""
+    for block in model.blocks:
+        q, k, v = block.split(x)
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+        x = block.merge(x, scores.softmax(-1) @ v)
+    return model.head(model.norm(x))
+
+
+@pytest.mark.parametrize("choices", ([0], [1], [3], [1, 3], [0, 2], [2, 3]))
+def test_drawing_several_cells_in_a_step_equals_its_definition(choices):
+    """Three cells are given in steps of one and two, then four are looked at, some are placed, and two more looked at.
+    Everything is computed again with one mask: who enters the cache sees all that entered with it or before; an offer
+    of the last cell sees all of these but the cell's own entry, and itself."""
+    model = tiny(rows=3, cols=3, codebook=5)
+    order, words = random_order(4, 9, torch.Generator().manual_seed(3)), model.read(["sun", "", "sun", "sea"])
+    tokens = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(4))
+    choice, content = torch.tensor(choices).expand(4, -1), tokens.gather(1, order)
     with torch.inference_mode():
-        what, _ = model(tokens, model.read(captions), order)
-        drawing, k = Drawing(model, model.read(captions)), 0
-        for n in (1, 3, 2, 1, 2):
-            cells = order[:, k:k + n]
-            logits = drawing.look(cells)               # the first of them is exact, the others do not know the first
-            torch.testing.assert_close(logits[:, 0], what[:, k], rtol=1e-4, atol=1e-4)
-            drawing.place(torch.arange(n).expand(4, n), tokens.gather(1, cells))
-            k += n
+        drawing, found = Drawing(model, words), []
+        for k, n in ((0, 1), (1, 2)):
+            drawing.look(order[:, k:k + n])
+            drawing.place(torch.arange(n).expand(4, n), content[:, k:k + n])
+        found.append(drawing.look(order[:, 3:7]))
+        placed = order[:, 3:7].gather(1, choice)
+        drawing.place(choice, tokens.gather(1, placed))
+        found.append(drawing.look(order[:, 7:9]))
+
+        def lead(cell, following):                     # the input that has drawn `cell` and goes on to another
+            token = tokens.gather(1, cell.clamp_max(8)).where(cell < 9, torch.tensor(5))
+            return model.embed_drawn(token, cell) + model.embed_next(cell, following)
+        cell = lambda k: order[:, k:k + 1]
+        nowhere, last = torch.full((4, 1), 9), placed[:, -1:]
+        taken = max(choices[0], 1)                     # cell 1 leads to the first offer, cell 2 to the others
+        entered = [model.embed_words(words), lead(nowhere, cell(0)), lead(cell(0), cell(1)),
+                   lead(cell(1), cell(3)), lead(cell(2), cell(3 + taken))]
+        offers = [lead(cell(2), cell(4)), lead(cell(2), cell(5)), lead(cell(2), cell(6))]
+        x = torch.cat(entered[:-1] + offers, 1)        # 2 words, 3 entered before, 3 offers
+        seen = torch.ones(8, 8, dtype=torch.bool).tril()
+        seen[4, 5] = True                              # cell 1 sees the entry of cell 2, which goes to the second offer
+        seen[5:, 5:] = torch.eye(3, dtype=torch.bool)
+        torch.testing.assert_close(found[0], masked_logits(model, x, seen)[:, 4:], rtol=1e-4, atol=1e-4)
+        entry = model.blocks[0].split(entered[-1])     # the offer that was taken has entered
+        torch.testing.assert_close(drawing.k[0, :, :, 5:6], entry[1])
+        torch.testing.assert_close(drawing.v[0, :, :, 5:6], entry[2])
+        if taken > 1:                                  # (cell 1 saw the second offer, which is not the entry now)
+            return
+        ends = [lead(placed[:, min(i, len(choices) - 1), None], cell(7 + i)) for i in range(2)]
+        seen = torch.ones(8, 8, dtype=torch.bool).tril()
+        seen[4, 5] = True
+        seen[6, 7], seen[7, 6] = len(choices) > 1, len(choices) > 1        # two entries, or one and an offer
+        x = torch.cat(entered + ends, 1)
+        torch.testing.assert_close(found[1], masked_logits(model, x, seen)[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_follows_the_probabilities_and_never_takes_an_impossible_one():
+    p = torch.tensor([0, 0.2, 0, 0.5, 0.3, 0]).expand(200_000, 6)
+    found = anyorder.one_of(p, torch.Generator().manual_seed(0))
+    assert found.shape == (200_000, 1)
+    share = torch.bincount(found[:, 0], minlength=6) / len(p)
+    torch.testing.assert_close(share, p[0], atol=0.004, rtol=0)            # 3.6 standard deviations
+    assert (share[p[0] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("uniform", (0.0, 1 - 2 ** -24))
+def test_one_of_at_both_ends_of_the_unit_interval(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, uniform))
+    for p in ([0, 0.7, 0.3, 0], [0, 1, 0, 0], [0.1] * 10 + [0]):
+        token = anyorder.one_of(torch.tensor([p]))
+        assert p[token] > 0
 
 
 def test_captions_change_the_distribution_and_unknown_words_read_as_none():
@@ -305,6 +362,29 @@ def test_exact_order_inference_equals_brute_force(score, distance):
     assert found.tolist() == [brute_force_order(model, t, c, score, distance) for t, c in zip(tokens, captions)]
 
 
+def test_a_shortlist_tries_so_many_cells_and_one_of_all_cells_is_exact():
+    model, looks = tiny(3, 3, codebook=7, order_head=True), []
+    tokens, captions = torch.randint(7, (6, 9), generator=torch.Generator().manual_seed(0)), ["sun"] * 6
+    exact = infer_orders(model, tokens, captions, distance=0.3)
+    assert torch.equal(exact, infer_orders(model, tokens, captions, distance=0.3, shortlist=9))
+    with model.head.register_forward_hook(lambda _, x, y: looks.append(y.shape[1])):
+        found = {K: infer_orders(model, tokens, captions, shortlist=K) for K in (1, 3)}
+    assert looks == [1] * 9 + [3] * 7 + [2, 1]
+    for order in found.values():
+        assert torch.equal(order.sort(1).values, raster_order(6, 9)) and not torch.equal(order, exact)
+    what, where = model(tokens, model.read(captions), found[3])            # each step again, with all that is known
+    for k in range(9):
+        p = where[:, k].scatter(1, found[3][:, :k], -math.inf)
+        likely = p.topk(min(3, 9 - k)).indices                             # [6, K]
+        best = []
+        for row, cells in enumerate(likely):
+            orders = [[*found[3][row, :k].tolist(), c, *(set(range(9)) - {*found[3][row, :k].tolist(), c})]
+                      for c in cells.tolist()]
+            logits = model(tokens[row].expand(len(cells), 9), model.read(["sun"] * len(cells)), torch.tensor(orders))[0]
+            best.append(cells[logits[:, k].log_softmax(-1).amax(-1).argmax()].item())
+        assert found[3][:, k].tolist() == best
+
+
 def test_inference_in_several_batches_gives_the_same_orders(monkeypatch):
     model = tiny(3, 3, codebook=7)
     tokens = torch.randint(7, (7, 9))
@@ -319,7 +399,7 @@ def test_the_order_head_learns_a_rule_and_nothing_else_changes():
     tokens = torch.randint(5, (64, 9), generator=torch.Generator().manual_seed(0))
     words, order = model.read([""] * 64), raster_order(64, 9).flip(1).contiguous()
     pupil = order_infer.learn_head(model, tokens[:48], words[:48], order[:48], steps=60, quiet=True)
-    assert torch.equal(infer_orders(pupil, tokens[48:], [""] * 16, "learned"), order[48:])
+    assert torch.equal(infer_orders(pupil, tokens[48:], [""] * 16, shortlist=1), order[48:])
     state = pupil.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -397,6 +477,27 @@ def test_location_loss_is_a_softmax_over_free_cells():
     assert loss[2] == 0
 
 
+def test_what_is_given_comes_first_and_keeps_its_order():
+    order = random_order(4000, 12, torch.Generator().manual_seed(0))
+    found, given = finetune.given_first(order, 3, 4, torch.Generator().manual_seed(1))
+    assert torch.equal(found.sort(1).values, raster_order(4000, 12))
+    assert torch.equal(found[given[:, 0] == 0], order[given[:, 0] == 0])
+    share = (given > 0).double().mean().item()
+    assert abs(share - finetune.GIVEN * 11 / 12) < 0.03                    # one in twelve of them is given nothing
+    rank = rank_of(order)
+    halves = set()
+    for cells, n, was in zip(found.tolist(), given[:, 0].tolist(), rank.tolist()):
+        for part in (cells[:n], cells[n:]):
+            assert [was[c] for c in part] == sorted(was[c] for c in part)
+        if n:                                          # their hulls do not touch: no given cell lies between two others
+            for a, b in itertools.combinations(cells[n:], 2):
+                if (a + b) % 2 == 0 and a // 4 == b // 4:
+                    assert (a + b) // 2 not in cells[:n]
+            halves.add(frozenset(cells[:n]))
+    for side in (lambda c: c < 4, lambda c: c >= 8, lambda c: c % 4 < 2, lambda c: c % 4 > 1):
+        assert frozenset(filter(side, range(12))) in halves                # what people hide, at all four sides
+
+
 def test_a_second_round_infers_new_orders_and_resumes_bit_for_bit(chain, tmp_path, monkeypatch, capsys):
     flags = ("--steps", 4, "--batch", 8, "--rounds", 2)
     one, two, parts = (start_of("finetune", chain, tmp_path / name) for name in ("one", "two", "parts"))
@@ -452,7 +553,7 @@ def test_a_few_steps_draw_few_cells_first_and_all_in_the_end():
         for parallel in range(cells + 2):
             steps = sample.steps_of(cells, parallel)
             assert (sum(steps) == cells and min(steps) > 0
-                    and len(steps) == (parallel or cells if parallel < cells else cells))
+                    and len(steps) == (parallel or cells if parallel < cells else cells) and steps == sorted(steps))
 
 
 def test_cells_of_one_step_do_not_touch_while_there_are_others():
