@@ -329,10 +329,10 @@ class Drawing:
     The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
     attends to it and to itself, and only the keys and values of the chosen one are kept.
 
-    One cell is placed at a time, or several at once (n > 1). Then each of these leads to one of the cells looked at
-    next, and the last one to all others, so that a cell never costs more than one input; they all see each other. Such
-    a pass is no longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
-    The next look is at n cells or more: of a drawing in steps, the small ones come first.
+    One cell is placed at a time, or several at once (n > 1). The next look then enters the others too, all of which see
+    each other: as inputs that lead from each to the one placed after it, or, with `sure` (all of the n or more cells
+    looked at will be placed), to one of these cells, so that a cell never costs more than one input. Such a pass is no
+    longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
     """
 
     def __init__(self, model, words):
@@ -351,22 +351,23 @@ class Drawing:
         self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
 
-    def look(self, cells):
-        n, start = self.drawn.shape[1], self.t                             # n cells were drawn last
-        origin = torch.arange(cells.shape[1], device=cells.device).clamp_max(n - 1)
-        x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], cells)         # [B, C, D]
-        self.cells, self.offered, self.first = cells, [], n - 1
+    def look(self, cells, sure=False):
+        n, start, C = self.drawn.shape[1], self.t, cells.shape[1]          # n cells were drawn last
+        following = cells if sure else torch.cat((self.cell[:, 1:], cells), 1)                 # [B, C or n - 1 + C]
+        origin = torch.arange(following.shape[1], device=cells.device).clamp_max(n - 1)
+        x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
+        self.cells, self.offered, self.first = cells, [], n - 1 if sure else 0
         for i, block in enumerate(self.model.blocks):
-            q, k, v = block.split(x)                                       # [B, heads, C, d]
+            q, k, v = block.split(x)                                       # [B, heads, *, d]
             self.k[i, :, :, start:start + n], self.v[i, :, :, start:start + n] = k[:, :, :n], v[:, :, :n]
             old_k, old_v = self.k[i, :, :, :start + n], self.v[i, :, :, :start + n]
             y = cached_attention(q[:, :, :n], old_k, old_v)                # the n see the cache and each other
-            if cells.shape[1] > n:                                         # the others are offers of the last of them
+            if len(origin) > n:                                            # the others are offers of the last of them
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
                 rest = candidate_attention(*(z[:, :, n:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
                 y = torch.cat((y, rest), 2)
             x = block.merge(x, y)
-        self.after = self.model.norm(x)                                    # [B, C, D]
+        self.after = self.model.norm(x[:, -C:])                            # [B, C, D]
         return self.model.head(self.after)
 
     def place(self, choice, token):
@@ -388,8 +389,8 @@ def one_of(p, generator=None):
     """A number for each row of probabilities p [n, V]: [n, 1] int64. One uniform number inverts the distribution
     function, where torch.multinomial would draw V random numbers, a sixth of all time when images are drawn."""
     total = p.cumsum(-1)
-    height = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)               # (0, 1]: never before the
-    return torch.searchsorted(total, height * total[:, -1:])                               # first p > 0, nor the last
+    height = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)               # in (0, 1], so the first
+    return torch.searchsorted(total, height * total[:, -1:])               # total to reach it belongs to some p > 0
 
 
 @torch.inference_mode()

@@ -9,7 +9,8 @@ Each (model, order) draws the same captions and scores the same held-out images;
     KID                the same question by an unbiased kernel estimate (Binkowski et al. 2018), times 1000
     precision, recall  share of drawn images that lie among held-out ones, and the reverse (Kynkaanniemi et al. 2019)
     class seen         how often the judge network names the caption that was asked for
-    LPIPS              distance to the truth where the upper half is given and the model draws the lower half
+    LPIPS              distance to the truth where half of an image is given and the model draws the other: the mean of
+                       all four halves, and the lower one by itself, which is all that raster order is made for
     step, touches ...  what the order looks like, and what training and drawing cost
 
 Without weights to load, the features are those of a small *judge* network, trained here on the data itself. Such a
@@ -50,13 +51,15 @@ from anyorder import in_turn, join, load_model, rank_of
 from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable,
                   render_sunset, replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
 from order_infer import infer_orders, order_maps, rank_correlation
-from sample import ORDERS, generate
+from sample import ORDERS, generate, read_mask
 from tokenizer import load_tokenizer, seeded
 
 HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
 KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
 NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot be compared
-SAMPLE = 256         # completions per row, and orders that are compared between rows, at most
+SAMPLE = 256         # orders that are compared between rows, at most
+COMPLETED = 128      # images of which a row completes each half, at most
+HALVES = ("bottom", "top", "left", "right")
 # What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
 # any-order model, from whose choices the finetuned one has learned
 SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"],
@@ -64,7 +67,8 @@ SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"],
 COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
            "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
            "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
-           "recall": ("recall", ".3f"), "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f")}
+           "recall": ("recall", ".3f"), "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f"),
+           "lpips_lower": ("lower half", ".4f")}
 MORE = {"step": ("step length", ".2f"), "touches": ("touches drawn", ".3f"), "sun_first": ("sun < cloud", ".3f"),
         "glitter_last": ("sun < glitter", ".3f"), "train_steps": ("training steps", ",d"),
         "tokens_seen": ("tokens seen", ",d"), "train_seconds": ("training s", ",.0f"),
@@ -444,7 +448,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
            "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
     m, captions = min(n, len(held["tokens"])), held["captions"]
-    bar = tqdm(total=(n + m + min(m, SAMPLE)) // world, desc=name, unit="image", disable=process > 0,
+    bar = tqdm(total=(n + m + min(m, COMPLETED)) // world, desc=name, unit="image", disable=process > 0,
                dynamic_ncols=True)
 
     def my_batches(what, count):
@@ -480,15 +484,18 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
         bar.update(len(tokens))
     nats, ranks = map(torch.cat, zip(*in_turn(scored)))
 
-    # complete: the upper half is given
-    upper, far = torch.arange(N) < rows // 2 * cols, []
-    for i, chance in my_batches("complete", min(m, SAMPLE)):
-        truth = held["images"][i:min(i + batch, m, SAMPLE)]
-        tokens, asked = held["tokens"][i:i + len(truth)].to(device), captions[i:i + len(truth)]
-        tokens = generate(model, asked, given=tokens, keep=upper, guidance=guidance, generator=chance, **how)[0]
-        images, top = to_uint8(tokenizer.decode(tokens)).cpu(), truth.shape[2] // rows * (rows // 2)
-        images[:, :, :top] = truth[:, :, :top]                             # what was given is not judged
-        far.append(lpips(to_float(images).to(device), to_float(truth).to(device), lpips_net).cpu())
+    # complete: one half is hidden, what is given is not judged
+    far, S = [], held["images"].shape[-1]
+    hidden = [read_mask(half, (S, S), S, (rows, cols), seed) for half in HALVES]           # of [S, S]
+    for i, chance in my_batches("complete", min(m, COMPLETED)):
+        truth = held["images"][i:min(i + batch, m, COMPLETED)]
+        tokens, asked, parts = held["tokens"][i:i + len(truth)].to(device), captions[i:i + len(truth)], []
+        for mask in hidden:
+            keep = ~mask.view(rows, S // rows, cols, S // cols).any(3).any(1).flatten()
+            filled, _ = generate(model, asked, given=tokens, keep=keep, guidance=guidance, generator=chance, **how)
+            images = torch.where(mask, to_uint8(tokenizer.decode(filled)).cpu(), truth)
+            parts.append(lpips(to_float(images).to(device), to_float(truth).to(device), lpips_net).cpu())
+        far.append(torch.stack(parts, 1))                                  # [batch, halves]
         bar.update(len(truth))
     bar.close()
 
@@ -503,6 +510,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
                "bits": nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
                "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
                "precision": precision, "recall": recall, "lpips": far.mean().item(),
+               "lpips_lower": far[:, HALVES.index("bottom")].mean().item(),
                "class_seen": sum(seen) / n if judge.config["task"] == "captions" else None,
                "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
@@ -886,7 +894,7 @@ def main():
     columns = {**COLUMNS, "frechet": (distance, ".3f"), "lpips": ("LPIPS" if network else "LPIPS-judge", ".4f")}
     report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n,
               "held_out": len(held["tokens"]), "scored": min(args.n, len(held["tokens"])),
-              "completed": min(args.n, len(held["tokens"]), SAMPLE),
+              "completed": min(args.n, len(held["tokens"]), COMPLETED),
               "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
               "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
               "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
@@ -911,8 +919,9 @@ def main():
             # after every row: an interrupt loses one at most
             with replacing(os.path.join(out, "results.json")) as file:
                 file.write(json.dumps(report, indent=1).encode())
-            draw_bars(results, {k: columns[k] for k in ("nats", "frechet", "recon", "kid", "precision", "recall",
-                                                        "class_seen", "lpips")}, os.path.join(out, "results.png"))
+            shown_as_bars = ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen", "lpips",
+                             "lpips_lower")
+            draw_bars(results, {key: columns[key] for key in shown_as_bars}, os.path.join(out, "results.png"))
             draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"],
                             os.path.join(out, "compare.png"))
     finally:
@@ -929,7 +938,7 @@ def print_report(report, columns):
                  for row, line in zip(results, report["agreement"])]
         print("\nagreement of orders on the same images (rank correlation)\n"
               + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
-    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, {report['completed']:,} completed, "
+    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, each half of {report['completed']:,} completed, "
           f"compared with {report['held_out']:,} held-out ones at {report['size']}x{report['size']}; "
           f"seed {report['seed']}, guidance {report['guidance']}\n"
           f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")

@@ -19,6 +19,9 @@ it will prefer other orders than those it has just specialised in.)
     raster     left to right, top to bottom: the control that any other order has to beat       out/ordered_raster.pt
     random     a fresh order for each image and step: what training on, and no more, is worth    out/ordered_random.pt
 
+In one of four sequences the cells on one side of a random line come first, as if they were given (`given_first`): who
+learns only whole images in one order forgets how to complete them.
+
 --rounds R repeats it all: the finetuned model infers the orders anew, and goes on training in these.
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
@@ -61,9 +64,9 @@ def specialised_orders(kind, file, held, index):
 
 
 def given_first(order, rows, cols, generator):
-    """order [B, N], visit lists of a rows x cols grid, on the CPU -> (order [B, N], given [B, 1]). In one of four, cells
-    on one side of a random line come first, as if given to be completed; both sides stay in their order. `given` counts
-    them, 0 for the others."""
+    """order [B, N], visit lists of a rows x cols grid, on the CPU -> (order [B, N], given [B, 1]). In one of four, the
+    cells on one side of a random line come first, as if given to be completed; both sides stay in their order. `given`
+    counts them, 0 for the others."""
     B, N = order.shape
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()           # [N, 2]
     along = place @ torch.randn(2, B, generator=generator)                 # [N, B], how far across the line
@@ -198,7 +201,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step % args.steps, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            what, where = parallel(t, captions[pick] * told, o)          # [B, N, V], [B, N, N]
+            what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
             chosen = torch.arange(N, device=device) >= given               # [B, N], not given but chosen
             place = (location_loss(where, o) * chosen).sum() / chosen.sum()
@@ -242,7 +245,7 @@ def main():
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
     if args.order == "inferred":
         guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(),
-                              file["config"]["score"], 0.0, 1, kind)
+                              file["config"]["score"], 0.0, 1, kind)       # a shortlist of one: the head alone
         print("the order head's own orders of these images correlate by "
               f"{rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} with the inferred ones")
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"

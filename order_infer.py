@@ -107,6 +107,8 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0, shor
     """
     if score not in SCORES:
         raise UserError(f"score {score!r} is not known: choose one of {', '.join(SCORES)}")
+    if shortlist and not model.config["order_head"]:
+        raise UserError(f"shortlist {shortlist} needs an order head, this model has none: take one of finetune.py")
     words = model.read(captions) if isinstance(captions, (list, tuple)) else captions
     at_once = images_at_once(model)
     if len(tokens) > at_once:
@@ -321,7 +323,8 @@ def main():
                 head = pupil.where.state_dict()
             rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
             who, shortlist = (model, 0) if done < exact else (pupil, SHORTLIST)
-            found = shared_orders(who, tokens[rows], words[rows], args.score, args.distance, shortlist, kind, rank, world)
+            found = shared_orders(who, tokens[rows], words[rows], args.score, args.distance, shortlist, kind, rank,
+                                  world)
             order[done:done + len(rows)] = found.to(order.dtype)
             done, seconds = done + len(rows), seconds + time.time() - start
             bar.update(len(rows))

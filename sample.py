@@ -99,7 +99,8 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     parallel   draw in so many steps, several cells in each (0: one by one). Cells of one step do not see each other
     guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
                A pair (a, b) goes from a at the first cell to b at the last, linearly in the share of drawn cells
-    given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn
+    given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn. (A
+               model of raster.pt has never seen a cell before the one to its left: it gets them in their turn)
     generator  of torch, on the model's device; makes it repeatable
     watch      a list that receives, for each cell, (free cells [B, C], their scores [B, C] in nats) where the order has
                scores: "inferred" those of location_scores, else the order head's log-probabilities
@@ -125,11 +126,14 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
              caption_orders(model, captions) if order == "class" else fixed)
     cells = (raster_order(B, N) if fixed is None else fixed).to(device)
     keep = torch.zeros(N, dtype=torch.bool) if keep is None else keep
-    cells = cells.gather(1, (~keep.to(device))[cells].int().argsort(dim=1, stable=True))   # kept ones first
+    keep, head = keep.to(device), 0
+    only_raster = getattr(model, "about", {}).get("order") == "raster" and not model.config["order_head"]
+    if order != "raster" or not only_raster:
+        cells = cells.gather(1, (~keep)[cells].int().argsort(dim=1, stable=True))          # kept ones first
+        head = int(keep.sum())                                             # so many steps draw nothing new
     lengths, near = step_lengths(model).to(device), touching_cells(model).to(device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
     visited, k = [], 0
-    head = int(keep.sum())                                                 # so many steps draw nothing new
     for n in [1] * head + steps_of(N - head, parallel):
         if k in (0, head):
             pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], n cells fewer each step
@@ -157,7 +161,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
         choice = best_apart(value, pool, n, near)                          # [B, n]
         cell, at = pool.gather(1, choice), choice                          # [B, n]
         if logits is None:                                                 # the locations are known: look there only
-            logits, at = drawing.look(cell.repeat(copies, 1)), torch.arange(n, device=device).expand(B, n)
+            logits, at = drawing.look(cell.repeat(copies, 1), True), torch.arange(n, device=device).expand(B, n)
         at = at.repeat(copies, 1)
         if k < head:
             token = tokens.gather(1, cell)
@@ -167,6 +171,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             here = guided(logits.gather(1, at[..., None].expand(-1, -1, model.V)), B, strength)        # [B, n, V]
             p = filtered(here.flatten(0, 1), temperature, top_k, top_p)
             token = one_of(p, generator).view(B, n)
+        token = torch.where(keep[cell], tokens.gather(1, cell), token)
         tokens.scatter_(1, cell, token)
         drawing.place(at, token.repeat(copies, 1))
         if chooser is not None:
@@ -208,7 +213,7 @@ def fill(model, captions, tokens, known, generator, **how):
         if given < len(cells):
             tokens[:, cells], visited = generate(model, captions, given=tokens[:, cells], keep=done[cells],
                                                  generator=generator, watch=watch, **how)
-            order.append(cells[visited[:, given:].cpu()])
+            order.append(cells[visited[~done[cells][visited.cpu()]].view(len(visited), -1).cpu()])
             scores += [(cells[pool], value) for pool, value in watch[given:]]
             done[cells] = True
     return tokens, torch.cat(order, 1), scores

@@ -231,7 +231,8 @@ def masked_logits(model, x, seen):
 
 
 @pytest.mark.parametrize("choices", ([0], [1], [3], [1, 3], [0, 2], [2, 3]))
-def test_drawing_several_cells_in_a_step_equals_its_definition(choices):
+@pytest.mark.parametrize("sure", (True, False))
+def test_drawing_several_cells_in_a_step_equals_its_definition(choices, sure):
     """Three cells are given in steps of one and two, then four are looked at, some are placed, and two more looked at.
     Everything is computed again with one mask: who enters the cache sees all that entered with it or before; an offer
     of the last cell sees all of these but the cell's own entry, and itself."""
@@ -242,31 +243,31 @@ def test_drawing_several_cells_in_a_step_equals_its_definition(choices):
     with torch.inference_mode():
         drawing, found = Drawing(model, words), []
         for k, n in ((0, 1), (1, 2)):
-            drawing.look(order[:, k:k + n])
+            drawing.look(order[:, k:k + n], sure=True)
             drawing.place(torch.arange(n).expand(4, n), content[:, k:k + n])
-        found.append(drawing.look(order[:, 3:7]))
+        found.append(drawing.look(order[:, 3:7], sure))
         placed = order[:, 3:7].gather(1, choice)
         drawing.place(choice, tokens.gather(1, placed))
-        found.append(drawing.look(order[:, 7:9]))
+        found.append(drawing.look(order[:, 7:9], sure=True))
 
         def lead(cell, following):                     # the input that has drawn `cell` and goes on to another
             token = tokens.gather(1, cell.clamp_max(8)).where(cell < 9, torch.tensor(5))
             return model.embed_drawn(token, cell) + model.embed_next(cell, following)
-        cell = lambda k: order[:, k:k + 1]
-        nowhere, last = torch.full((4, 1), 9), placed[:, -1:]
-        taken = max(choices[0], 1)                     # cell 1 leads to the first offer, cell 2 to the others
+        cell, first = lambda k: order[:, k:k + 1], 4 if sure else 3
+        nowhere = torch.full((4, 1), 9)
+        taken = max(choices[0], first - 3)             # sure: cell 1 leads to the first of the four, cell 2 to the rest
         entered = [model.embed_words(words), lead(nowhere, cell(0)), lead(cell(0), cell(1)),
-                   lead(cell(1), cell(3)), lead(cell(2), cell(3 + taken))]
-        offers = [lead(cell(2), cell(4)), lead(cell(2), cell(5)), lead(cell(2), cell(6))]
-        x = torch.cat(entered[:-1] + offers, 1)        # 2 words, 3 entered before, 3 offers
-        seen = torch.ones(8, 8, dtype=torch.bool).tril()
-        seen[4, 5] = True                              # cell 1 sees the entry of cell 2, which goes to the second offer
-        seen[5:, 5:] = torch.eye(3, dtype=torch.bool)
-        torch.testing.assert_close(found[0], masked_logits(model, x, seen)[:, 4:], rtol=1e-4, atol=1e-4)
+                   lead(cell(1), cell(3 if sure else 2)), lead(cell(2), cell(3 + taken))]
+        offers = [lead(cell(2), cell(k)) for k in range(first, 7)]
+        x = torch.cat(entered[:-1] + offers, 1)        # 2 words, 3 entered before, 3 or 4 offers
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        seen[4, 5] = True                              # cell 1 sees the entry of cell 2, on its way to the first offer
+        seen[5:, 5:] = torch.eye(len(offers), dtype=torch.bool)
+        torch.testing.assert_close(found[0], masked_logits(model, x, seen)[:, -4:], rtol=1e-4, atol=1e-4)
         entry = model.blocks[0].split(entered[-1])     # the offer that was taken has entered
         torch.testing.assert_close(drawing.k[0, :, :, 5:6], entry[1])
         torch.testing.assert_close(drawing.v[0, :, :, 5:6], entry[2])
-        if taken > 1:                                  # (cell 1 saw the second offer, which is not the entry now)
+        if 3 + taken > first:                          # (cell 1 saw the first offer, which is not the entry now)
             return
         ends = [lead(placed[:, min(i, len(choices) - 1), None], cell(7 + i)) for i in range(2)]
         seen = torch.ones(8, 8, dtype=torch.bool).tril()
@@ -372,6 +373,8 @@ def test_a_shortlist_tries_so_many_cells_and_one_of_all_cells_is_exact():
     assert looks == [1] * 9 + [3] * 7 + [2, 1]
     for order in found.values():
         assert torch.equal(order.sort(1).values, raster_order(6, 9)) and not torch.equal(order, exact)
+    with pytest.raises(UserError, match="order head"):
+        infer_orders(tiny(3, 3, codebook=7), tokens, captions, shortlist=2)
     what, where = model(tokens, model.read(captions), found[3])            # each step again, with all that is known
     for k in range(9):
         p = where[:, k].scatter(1, found[3][:, :k], -math.inf)
@@ -545,6 +548,23 @@ def test_the_order_of_a_generated_image_is_the_order_inferred_from_it(score):
     model = tiny(3, 3, codebook=7)
     tokens, order = sample.generate(model, ["sun"] * 4, "inferred", score=score, distance=0.2)
     assert torch.equal(order, infer_orders(model, tokens, ["sun"] * 4, score, 0.2))
+
+
+def test_a_raster_only_model_gets_what_is_given_in_its_turn():
+    model, dice = tiny(3, 3, codebook=7), lambda: torch.Generator().manual_seed(5)
+    model.about, keep = {"order": "raster"}, torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1]).bool()
+    given = torch.randint(7, (40, 9), generator=torch.Generator().manual_seed(1))
+    other = given.clone()
+    other[:, 8] = (other[:, 8] + 1) % 7                # a cell after all those that are drawn
+    how = dict(order="raster", keep=keep)
+    tokens, order = sample.generate(model, ["sun"] * 40, given=given, generator=dice(), **how)
+    again, _ = sample.generate(model, ["sun"] * 40, given=other, generator=dice(), **how)
+    assert torch.equal(order, raster_order(40, 9)) and torch.equal(tokens[:, keep], given[:, keep])
+    assert torch.equal(tokens[:, :8], again[:, :8]) and torch.equal(again[:, 8], other[:, 8])
+    model.about = {"order": "random"}                  # one that knows all orders looks at it first
+    tokens, order = sample.generate(model, ["sun"] * 40, given=given, generator=dice(), **how)
+    again, _ = sample.generate(model, ["sun"] * 40, given=other, generator=dice(), **how)
+    assert order[0].tolist() == [1, 4, 8, 0, 2, 3, 5, 6, 7] and not torch.equal(tokens[:, :8], again[:, :8])
 
 
 def test_a_few_steps_draw_few_cells_first_and_all_in_the_end():
