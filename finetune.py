@@ -195,16 +195,17 @@ def main():
         o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
         o, given = given_first(o, grid["rows"], grid["cols"], chance)
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
-        mine = slice(rank, None, world)                                    # each process takes its share
-        pick, o, given, told = (x[mine].to(device) for x in (train[batch], o, given, told))
+        chosen = (torch.arange(N) >= given).float()                        # [B, N], locations not given but chosen
+        chosen /= chosen.mean()                        # over all processes: the mean of their means is then the mean
+        mine = slice(rank, None, world)                                    # each takes its share
+        pick, o, chosen, told = (x[mine].to(device) for x in (train[batch], o, chosen, told))
         t = tokens[pick]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step % args.steps, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
-            chosen = torch.arange(N, device=device) >= given               # [B, N], not given but chosen
-            place = (location_loss(where, o) * chosen).sum() / chosen.sum()
+            place = (location_loss(where, o) * chosen).mean()
         (loss + place).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
         if not math.isfinite(loss.item() + place.item() + norm.item()):
