@@ -84,20 +84,26 @@ def reference_attention(q, k, v):
 
 
 # A library kernel has to serve every mask and size. This one knows that it is causal, and where the time goes on a
-# CPU: not into arithmetic but into moving scores through memory. So it works on tiles, some images and heads at a
-# time, whose scores fit into a core's cache, and within a tile on blocks of query rows: rows start..end see the keys
-# 0..end, and what lies behind is never computed. All that remains are batched matrix products, which the CPU's
-# library does best.
+# CPU: not into arithmetic but into moving scores through memory. So it works on blocks: query rows start..end of some
+# heads see the keys 0..end, and what lies behind is never computed. The scores of a block fit into the caches, the mask
+# is added as the product is made, and all that remains are batched matrix products, which the CPU's library does best.
 
-TILE = 2 ** 18      # scores per tile: 1 MB of float32
+BLOCK = 2 ** 22     # bytes of scores in a block, at most
 
 
-def tiles(B, heads, T):
-    """(rows per block, [(images, heads) slices]) such that one block of one tile has at most TILE scores."""
-    rows = min(T, max(32, min(128, 4 * math.isqrt(T) // 32 * 32)))         # short blocks skip more of the future
-    fit = max(1, TILE // (rows * T))
-    b, h = max(1, fit // heads), min(heads, fit)
-    return rows, [(slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, heads, h)]
+def blocks(n, T, like):
+    """Of n heads with T rows, (heads, start, end, future) of each block: slices of heads, and rows start..end, the last
+    rows first. future [end - start, end] is 0 for keys that a row sees and -inf for those behind it.
+
+    Short blocks compute less of the future, long ones make better products: bfloat16 has the faster ones.
+    """
+    rows = math.ceil(T / max(1, round(T / min(128, 16 * math.isqrt(T) / like.element_size()))))
+    some = max(1, BLOCK // (rows * T * like.element_size()))
+    future = like.new_full((rows, T + rows), -math.inf).triu_(T + 1)       # the triangle begins at column T
+    for i in range(0, n, some):
+        for start in reversed(range(0, T, rows)):
+            end = min(start + rows, T)
+            yield slice(i, i + some), start, end, future[:end - start, T - start:][:, :end]
 
 
 def products(a, b, scale):
@@ -105,11 +111,9 @@ def products(a, b, scale):
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def block_probs(q, k, start, end, future):
-    """The attention of rows start..end of a tile, q and k [n, T, d] -> [n, end - start, end]. The upper triangle of the
-    last, square part is the future and gets -inf."""
-    p = products(q[:, start:end], k[:, :end].transpose(1, 2), q.shape[-1] ** -0.5)
-    p[:, :, start:] += future[:end - start, :end - start]
+def block_probs(q, k, future):
+    """softmax(q k^T / sqrt(d) + future): q [n, rows, d], k [n, end, d] -> [n, rows, end]."""
+    p = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.softmax(p, -1, out=p)
 
 
@@ -125,45 +129,35 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         B, heads, T, d = q.shape
-        rows, places = tiles(B, heads, T)
-        future = torch.full((rows, rows), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-        out, kept = q.new_empty(B, T, heads, d).transpose(1, 2), []        # so that [B, T, D] is a view of it
-        for place in places:
-            qt, kt, vt = (x[place].reshape(-1, T, d) for x in (q, k, v))
-            o = out[place]
-            for start in reversed(range(0, T, rows)):
-                end = min(start + rows, T)
-                p = block_probs(qt, kt, start, end, future)
-                o[:, :, start:end] = torch.bmm(p, vt[:, :end]).view(*o.shape[:2], end - start, d)
-                if T <= 4 * d:
-                    kept.append(p)
-        ctx.save_for_backward(q, k, v, future, *kept)
-        return out
+        q, k, v = (x.reshape(B * heads, T, d) for x in (q, k, v))
+        out, kept = torch.empty_like(q), []
+        for some, start, end, future in blocks(B * heads, T, q):
+            p = block_probs(q[some, start:end], k[some, :end], future)
+            out[some, start:end] = torch.bmm(p, v[some, :end])
+            if T <= 4 * d:
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)
+        return out.view(B, heads, T, d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, future, *kept = ctx.saved_tensors
-        B, heads, T, d = q.shape
-        rows, places = tiles(B, heads, T)
-        kept, scale = iter(kept), d ** -0.5
-        dq, dk, dv = (q.new_empty(B, T, heads, d).transpose(1, 2) for _ in range(3))
-        for place in places:
-            qt, kt, vt, gt = (x[place].reshape(-1, T, d) for x in (q, k, v, grad))
-            for start in reversed(range(0, T, rows)):
-                end = min(start + rows, T)
-                p, g = next(kept) if T <= 4 * d else block_probs(qt, kt, start, end, future), gt[:, start:end]
-                dp = torch.bmm(g, vt[:, :end].transpose(1, 2))
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-                dq[place][:, :, start:end] = products(ds, kt[:, :end], scale).view(*dq[place].shape[:2], end - start, d)
-                dvt, dkt = torch.bmm(p.transpose(1, 2), g), products(ds.transpose(1, 2), qt[:, start:end], scale)
-                if end == T:                           # the last rows see all keys, so these are the largest
-                    total_v, total_k = dvt, dkt
-                else:
-                    total_v[:, :end] += dvt
-                    total_k[:, :end] += dkt
-            dv[place], dk[place] = (x.view(*dv[place].shape) for x in (total_v, total_k))
-        return dq, dk, dv
+        q, k, v, *kept = ctx.saved_tensors
+        (B, heads, T, d), scale, kept = grad.shape, grad.shape[-1] ** -0.5, iter(kept)
+        dq, dk, dv, grad = (*(torch.empty_like(q) for _ in range(3)), grad.reshape(B * heads, T, d))
+        for some, start, end, future in blocks(B * heads, T, q):
+            rows, keys, g = q[some, start:end], k[some, :end], grad[some, start:end]
+            p = next(kept) if T <= 4 * d else block_probs(rows, keys, future)
+            dp = torch.bmm(g, v[some, :end].transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[some, start:end] = products(ds, keys, scale)
+            dvt, dkt = torch.bmm(p.transpose(1, 2), g), products(ds.transpose(1, 2), rows, scale)
+            if end == T:                               # the last rows come first, and see all keys
+                dv[some], dk[some] = dvt, dkt
+            else:
+                dv[some, :end] += dvt
+                dk[some, :end] += dkt
+        return tuple(x.view(B, heads, T, d) for x in (dq, dk, dv))
 
 
 def fused_attention(q, k, v):
@@ -182,7 +176,8 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     (B, heads, C, d), T = q.shape, prefix_k.shape[2]
     if T == 0:
         return v.clone()                                                   # each has only itself to attend to
-    out, scale, step = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5, max(1, TILE // (heads * C * T))
+    out, scale = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5
+    step = max(1, BLOCK // (heads * C * T * q.element_size()))
     for i in range(0, B, step):
         some = slice(i, i + step)
         qt, kt, vt, past_k, past_v = (x[some].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))

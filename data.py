@@ -18,6 +18,7 @@ It does not augment, download or train anything.
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -66,6 +67,7 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a caption must not crash a terminal that lacks its letters
+    keep_memory()
     try:
         main()
         sys.stdout.flush()
@@ -83,6 +85,16 @@ def run(main):
         if "RANK" not in os.environ or not re.search("gloo|nccl", str(error).lower()):
             raise
         end("error: another process of this run has died, so this one ends too: that one's message tells why", 1)
+
+
+def keep_memory():
+    """Blocks of up to 32 MB that are freed stay with this process, up to 512 MB together, where the C library is glibc.
+    By itself it gives them back to the kernel, and a training step gets its memory again page by page: more than 10,000
+    page faults, a sixth of its time on two cores."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such library, no such function, Windows
+        set_option, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
+        set_option(M_MMAP_THRESHOLD, 2 ** 25)
+        set_option(M_TRIM_THRESHOLD, 2 ** 29)
 
 
 def on_interrupt():

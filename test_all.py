@@ -6,6 +6,7 @@ every size is easiest to check where all cases can be counted. `pytest -m slow` 
 
 import ast
 import contextlib
+import ctypes
 import errno
 import functools
 import gzip
@@ -854,11 +855,25 @@ def test_the_derived_gradient_is_the_gradient(T):
     assert torch.autograd.gradcheck(anyorder.fused_attention, [x.detach().requires_grad_() for x in qkv(1, 2, T)])
 
 
-def test_every_tile_is_computed(monkeypatch):
-    for tile in (1, 40, 500):                          # one image and head at a time, some heads, some images
-        monkeypatch.setattr(anyorder, "TILE", tile)
-        q, k, v = qkv(5, 3, 40)
-        torch.testing.assert_close(anyorder.fused_attention(q, k, v), anyorder.reference_attention(q, k, v))
+@pytest.mark.parametrize("size", (1, 2 ** 15, 2 ** 20))                    # of a block, in bytes: one head, some, all
+def test_every_block_is_computed(monkeypatch, size):
+    monkeypatch.setattr(anyorder, "BLOCK", size)
+    ours = [x.detach().requires_grad_() for x in qkv(5, 3, 40)]
+    theirs, weight = [x.detach().requires_grad_() for x in ours], torch.randn(5, 3, 40, 4, dtype=torch.float64)
+    (anyorder.fused_attention(*ours) * weight).sum().backward()
+    (anyorder.reference_attention(*theirs) * weight).sum().backward()
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_blocks_of_three_heads_and_six_rows_by_hand(monkeypatch):
+    """16 * 2 / 8 = 4 rows would be best, so two blocks share six. 250 bytes hold the 3 x 6 float64 scores of one head."""
+    monkeypatch.setattr(anyorder, "BLOCK", 250)
+    found = list(anyorder.blocks(3, 6, torch.zeros(0, dtype=torch.float64)))
+    assert [(some.start, some.stop, start, end) for some, start, end, _ in found] == [
+        (0, 1, 3, 6), (0, 1, 0, 3), (1, 2, 3, 6), (1, 2, 0, 3), (2, 3, 3, 6), (2, 3, 0, 3)]
+    assert (found[0][3] == -math.inf).int().tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1], [0] * 6]
+    assert (found[1][3] == -math.inf).int().tolist() == [[0, 1, 1], [0, 0, 1], [0] * 3]
 
 
 @pytest.mark.parametrize("T", (9, 70, 200))
@@ -1350,6 +1365,17 @@ def test_run_leaves_bugs_alone_and_returns_when_all_is_well():
     run(lambda: None)
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_freed_memory_is_not_fetched_page_by_page_again():
+    """Blocks of 20 MB together, taken and freed: after some warming up, no page is new. (10,000 are, by default.)"""
+    program = ("import resource, torch, data; data.keep_memory()\nfor i in range(15):\n    if i == 5:\n"
+               "        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+               "    [torch.ones(1_000_000) for _ in range(5)]\n"
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert int(done.stdout) < 500, done.stderr
 
 
 def test_bad_arguments_are_one_line(tmp_path):
@@ -2019,7 +2045,7 @@ def test_the_speed_table_is_printed_and_written_and_leaves_everything_in_place(m
     small = {"side": 2, "width": 32, "layers": 1}
     monkeypatch.setattr(evaluate, "SECONDS", 0)
     monkeypatch.setattr(evaluate, "ATTENTION", {(2, 1, 5, 32): (1, 1)})
-    monkeypatch.setattr(evaluate, "LONG", (1, 2, 4096, 16))
+    monkeypatch.setattr(evaluate, "LONG", (1, 8, 4096, 16))
     monkeypatch.setattr(evaluate, "MODELS", {"cpu": {**small, "batch": 2, "draw": 2, "infer": 2},
                                              "drawing": {**small, "draw": 2, "least": 20}})
     ours, seen = anyorder.fused_attention, set()
