@@ -182,12 +182,15 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
         some = slice(i, i + step)
         qt, kt, vt, past_k, past_v = (x[some].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))
         own = (qt * kt).sum(-1, keepdim=True).mul_(scale)                  # [n, C, 1]
-        p = products(qt, past_k.transpose(1, 2), scale)                    # [n, C, T]
-        top = torch.maximum(p.amax(-1, keepdim=True), own)                 # no exponential may overflow
-        p.sub_(top).exp_()
-        own.sub_(top).exp_()
-        total = p.sum(-1, keepdim=True).add_(own)
-        out[some] = torch.bmm(p, past_v).addcmul_(own, vt).div_(total).view(-1, heads, C, d)
+        scores = products(qt, past_k.transpose(1, 2), scale)               # [n, C, T]
+        p = scores.sub_(own).exp_()                    # all relative to its own, whose exponential is 1: no maximum
+        total = p.sum(-1, keepdim=True).add_(1)
+        if (total < 1e30).all():
+            found = torch.bmm(p, past_v).add_(vt).div_(total)
+        else:                                          # a score 69 nats above its own: as its definition
+            p = torch.cat((products(qt, past_k.transpose(1, 2), scale), own), -1).softmax(-1)
+            found = torch.bmm(p[..., :-1], past_v).addcmul_(p[..., -1:], vt)
+        out[some] = found.view(-1, heads, C, d)
     return out
 
 

@@ -918,9 +918,16 @@ def test_candidate_attention_equals_one_softmax_per_candidate(C, T, dtype, toler
                                    rtol=tolerance, atol=tolerance)
 
 
-def test_candidate_attention_survives_large_scores():
-    q, k, v = (100 * x for x in qkv(1, 1, 3, 4, torch.float32))
-    assert anyorder.candidate_attention(q, k, v, k, v).isfinite().all()
+@pytest.mark.parametrize("scale", (1, 5, 8, 30, 100))   # so that one is 2 to 18,945 above its own
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_candidate_attention_survives_large_scores(scale, dtype):
+    q, k, v = (scale * x for x in qkv(4, 1, 3, 4, torch.float32))
+    q, k, v, past_k, past_v = (x.to(dtype) for x in (q, k, v, k.flip(2), v.flip(2)))
+    found = anyorder.candidate_attention(q, k, v, past_k, past_v)
+    truth = evaluate.masked_candidates(*(x.double() for x in (q, k, v, past_k, past_v)))
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, truth.float(), rtol=1e-3, atol=1e-3)
+    assert found.isfinite().all() and (found.abs() <= 1.01 * torch.cat((v, past_v)).abs().max()).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
