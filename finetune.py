@@ -8,9 +8,12 @@ section 3.3). Two things are distilled at once:
            - mean_k log p(o_k | caption, past)                 where is next: the order head learns to choose them
 
 The second term is a softmax over the cells that are still free. With it, `sample.py --order learned` draws in an
-inferred order at the price of raster: one small head per step instead of one evaluation per free cell. And the head is
-the policy that the content model was trained with. (Let the finetuned model choose by its own confidence instead, and
-it will prefer other orders than those it has just specialised in.)
+inferred order at the price of raster: one small head per step instead of one evaluation per free cell.
+
+The policy that draws must be the one that the content model was trained with. The head is close to the inferred orders
+and never equal to them, so training goes on in rounds: the first in the orders of orders.pt, the later ones in the
+orders that the head itself chooses by then, which it soon gives again almost cell by cell. (The model's own confidence
+is no such policy: after finetuning it prefers other orders than those it has just specialised in.)
 
 --order chooses what to specialise in:
 
@@ -22,14 +25,13 @@ it will prefer other orders than those it has just specialised in.)
 In one of four sequences the cells on one side of a random line come first, as if they were given (`given_first`): who
 learns only whole images in one order forgets how to complete them.
 
---rounds R repeats it all: the finetuned model infers the orders anew, and goes on training in these.
-
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
 run      python finetune.py                        2.5 minutes on two CPU cores
 you see  the held-out loss in nats per token, in the orders of the validation images, fall below anyorder.pt's
 not here sampling (sample.py), comparing the orders (evaluate.py)
 """
 
+import bisect
 import math
 import os
 import time
@@ -47,6 +49,7 @@ from order_infer import (check_model, images_at_once, load_orders, location_loss
 from tokenizer import SAVE_EVERY, batch_of, seeded
 
 
+ROUNDS = 4          # of --order inferred
 GIVEN = 0.25        # share of training images of which some part is given, so that completion stays a skill
 
 
@@ -94,21 +97,24 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
                         help="what to specialise in")
-    parser.add_argument("--rounds", type=int, default=1,
-                        help="infer the orders again with the finetuned model, R - 1 times")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of a round (default 500)")
+    parser.add_argument("--rounds", type=int, default=None,
+                        help=f"parts of an inferred run, all but the first in the head's orders (default {ROUNDS})")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together (default 500)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
+    if args.rounds and args.order != "inferred":
+        raise UserError(f"--rounds {args.rounds} changes the orders, --order {args.order} keeps them: "
+                        "leave out one of them")
+    args.rounds = (min(ROUNDS, args.steps) if args.order == "inferred" else 1) if args.rounds is None else args.rounds
     for name in ("steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0003")
-    if args.rounds > 1 and args.order != "inferred":
-        raise UserError(f"--rounds {args.rounds} infers orders again, --order {args.order} takes none: "
-                        "leave out one of them")
+    if args.rounds > args.steps:
+        raise UserError(f"--rounds {args.rounds} are more than --steps {args.steps}: each round needs a step")
     device = pick_device(args.device)
     rank, world = join(device)
     if args.batch % world:
@@ -166,13 +172,13 @@ def main():
             print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
         raise KeyboardInterrupt
 
-    def infer_again():
-        """The orders that the model would choose now: [n, N] of the training images, and of those to check."""
+    def heads_orders():
+        """The orders that the head would choose now: [n, N] of the training images, and of those to check."""
         both, found = torch.cat((train, val)), []
         for part in tqdm(both.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
-            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"],
-                                       file["config"]["distance"], 0, kind, rank, world))
+            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"], 0.0,
+                                       1, kind, rank, world))         # a shortlist of one: the head alone
             if interrupted(stop, device):
                 leave()
         return torch.cat(found).split((len(train), len(val)))
@@ -180,16 +186,18 @@ def main():
     if rank == 0:
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
               f"before: {evaluate()[0]:.3f} nats per token")
-    stop, saved, total = on_interrupt(), time.time(), args.steps * args.rounds
-    bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    stop, saved = on_interrupt(), time.time()
+    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]
+    bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = (lambda line: None) if rank else bar.write
-    while step < total:
+    while step < args.steps:
         start, chance = time.time(), seeded(args.seed, step)
-        if step and step % args.steps == 0:
-            old, (order, val_order) = val_order, infer_again()
-            val_order = val_order.to(device)
+        part = bisect.bisect(begins, step) - 1                             # the round
+        if step and step == begins[part]:
+            old, (order, val_order) = val_order, heads_orders()
+            val_order, best = val_order.to(device), math.inf               # losses in other orders do not compare
             agree = rank_correlation(rank_of(old), rank_of(val_order))
-            say(f"round {step // args.steps + 1}: new orders, rank correlation {agree:.3f} with those before; "
+            say(f"round {part + 1}: orders of the head, rank correlation {agree:.3f} with those before; "
                 f"held out {evaluate()[0]:.3f} nats per token")
         batch = torch.tensor(batch_of(step, args.batch, len(train), args.seed))
         o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
@@ -201,7 +209,7 @@ def main():
         pick, o, chosen, told = (x[mine].to(device) for x in (train[batch], o, chosen, told))
         t = tokens[pick]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step % args.steps, args.steps, args.lr)
+            group["lr"] = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
@@ -218,7 +226,7 @@ def main():
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s",
                             refresh=False)
-        if step % max(1, args.steps // 8) == 0 or step % args.steps == 0:
+        if step % max(1, args.steps // 8) == 0 or step in begins:
             value, nats, hits = evaluate()
             history.append((step, loss.item(), value))
             say(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
@@ -246,9 +254,11 @@ def main():
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
     if args.order == "inferred":
         guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(),
-                              file["config"]["score"], 0.0, 1, kind)       # a shortlist of one: the head alone
-        print("the order head's own orders of these images correlate by "
-              f"{rank_correlation(rank_of(guess), rank_of(val_order.cpu())):.3f} with the inferred ones")
+                              file["config"]["score"], 0.0, 1, kind)
+        agree = (rank_correlation(rank_of(guess), rank_of(other.cpu()))
+                 for other in (specialised_orders("inferred", file, held, val), val_order))
+        print("the order head's own orders of the images to check correlate by {:.3f} with the inferred ones, by {:.3f} "
+              "with those of the last round".format(*agree))
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
 

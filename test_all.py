@@ -503,12 +503,23 @@ def test_what_is_given_comes_first_and_keeps_its_order():
         assert frozenset(filter(side, range(12))) in halves                # what people hide, at all four sides
 
 
-def test_a_second_round_infers_new_orders_and_resumes_bit_for_bit(chain, tmp_path, monkeypatch, capsys):
-    flags = ("--steps", 4, "--batch", 8, "--rounds", 2)
+def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tmp_path, monkeypatch, capsys):
+    flags = ("--steps", 8, "--batch", 8, "--rounds", 2)
     one, two, parts = (start_of("finetune", chain, tmp_path / name) for name in ("one", "two", "parts"))
     code, printed = call(monkeypatch, capsys, "finetune", "--out", two, *flags)
-    assert code == 0 and "round 2: new orders, rank correlation" in printed
-    for stop in (2, 5, 6):                             # in the first round, while inferring again, in the second round
+    assert code == 0 and "round 2: orders of the head, rank correlation" in printed
+    for rounds, whose in ((1, "file"), (2, "head")):   # whose orders the last step trains on
+        seen, real, made = [], finetune.given_first, []
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "given_first", lambda o, *more: seen.append(o.tolist()) or real(o, *more))
+            patch.setattr(finetune, "shared_orders", lambda model, tokens, words, score, distance, shortlist, *_:
+                          made.append(infer_orders(model, tokens, words, shortlist=shortlist)) or made[-1])
+            assert call(patch, capsys, "finetune", "--out", one, *flags[:-1], rounds)[0] == 0
+        asked = made[:-1]                              # the last call only compares
+        known = {"file": torch.load(one / "orders.pt", weights_only=True)["order"].tolist(),
+                 "head": torch.cat(asked).tolist() if asked else None}
+        assert bool(asked) == (whose == "head") and all(order in known[whose] for order in seen[-1])
+    for stop in (2, 5, 7):                             # in the first round, while the head is asked, in the second round
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
             code, printed = call(patch, capsys, "finetune", "--out", parts, *flags)
