@@ -22,7 +22,7 @@ names three free cells, and only these are tried: a twelfth of the evaluations.
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
-run      python order_infer.py                     4,512 images in 7 minutes on two CPU cores
+run      python order_infer.py                     4,512 images in 2.5 to 7 minutes on two CPU cores
          python order_infer.py --fast              all training images: 1,000 exactly, the others with the head's help
 you see  the mean order as a colour map (dark first, bright last), and images as they appear in their own order
 not here drawing new images in an inferred order (sample.py), learning from the orders (finetune.py)
