@@ -582,7 +582,7 @@ def draw_comparison(shown, captions, rows, cols, path):
 ATTENTION = {(128, 6, 64, 32): (1.2, 4), (8, 8, 256, 64): (1, 2.5), (4, 8, 1024, 64): (0.8, 1.3)}
 LONG = (1, 8, 4096, 64)                                # here the memory counts
 # cells per side; images in a training step, in plain drawing, in order inference
-MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 64},
+MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 256},
           "cuda": {"side": 16, "width": 768, "layers": 14, "batch": 64, "draw": 256, "infer": 64},     # 100M parameters
           "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 128, "least": 20}}
 SECONDS = 12                                           # for each comparison; or four rounds, where they take longer
@@ -781,12 +781,12 @@ def inference_speed(device, dtype, infer, **size):
     yield compared("    10,000 images at that rate", 1e4 * ours / B, unit="s", most=300 if N == 64 else None)
 
 
-def order_speed(device, infer, **size):
+def order_speed(device, draw, **size):
     """What an order costs when images are drawn: the order head beside raster and beside exact inference, and both of
     them in a quarter of the steps beside one cell at a time. For one image, and for many."""
     model = untrained(device, order_head=True, **size)
     S = model.N // 4
-    for B in (1, infer):
+    for B in (1, draw):
         ways = ("raster", 0), ("learned", 0), ("inferred", 0), ("learned", S), ("inferred", S)
         raster, learned, exact, learned_few, exact_few = medians(
             device, *(functools.partial(generate, model, [""] * B, order, parallel=steps) for order, steps in ways))
@@ -820,7 +820,7 @@ def speed_table(device, out):
     parts = [part(device, each) for part in (attention_speed, candidate_speed) for each in dtypes] + [
         training_speed(device, dtype, batch, **model), drawing_speed(device, draw, **model),
         drawing_speed(device, **MODELS["drawing"]), inference_speed(device, dtype, infer, **model),
-        order_speed(device, infer, **model), memory_use(device, dtype)]
+        order_speed(device, draw, **model), memory_use(device, dtype)]
     rows = [row for part in tqdm(parts, desc="speed", unit="part", dynamic_ncols=True) for row in part]
     machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype)[6:],
