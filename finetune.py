@@ -257,8 +257,8 @@ def main():
                               file["config"]["score"], 0.0, 1, kind)
         agree = (rank_correlation(rank_of(guess), rank_of(other.cpu()))
                  for other in (specialised_orders("inferred", file, held, val), val_order))
-        print("the order head's own orders of the images to check correlate by {:.3f} with the inferred ones, by {:.3f} "
-              "with those of the last round".format(*agree))
+        print("the order head's own orders of the images to check correlate by {:.3f} with the inferred ones, "
+              "by {:.3f} with those of the last round".format(*agree))
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
 

@@ -18,12 +18,12 @@ For a training image the content is known (teacher forcing) and only the locatio
 
 A large data set need not pay this price for every image. With --fast the first thousand orders teach a small *order
 head* which cell comes next, given what the model knows before it is told (`learn_head`). For all other images the head
-names three free cells, and only these are tried: a twelfth of the evaluations.
+chooses, at one evaluation for each cell.
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
 run      python order_infer.py                     4,512 images in 2.5 to 7 minutes on two CPU cores
-         python order_infer.py --fast              all training images: 1,000 exactly, the others with the head's help
+         python order_infer.py --fast              all training images: 1,000 exactly, a head orders the others
 you see  the mean order as a colour map (dark first, bright last), and images as they appear in their own order
 not here drawing new images in an inferred order (sample.py), learning from the orders (finetune.py)
 """
@@ -43,7 +43,6 @@ from data import (UserError, arguments, fingerprint, load, on_interrupt, pick_de
 from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, seeded
 
 HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
-SHORTLIST = 3                           # cells that it names in each step
 
 # Higher comes earlier. logits [B, C, V] float32 -> [B, C] in nats.
 SCORES = ("confidence", "margin", "entropy", "calibrated", "likelihood")
@@ -268,7 +267,7 @@ def main():
                         help="pull towards the last cell, nats per grid diagonal")
     parser.add_argument("--limit", type=int, default=None, help="exact orders for the first N training images (0: for "
                                                                 "all; None: for 4000, with --fast 1000)")
-    parser.add_argument("--fast", action="store_true", help="let a head learn from these and help with all others")
+    parser.add_argument("--fast", action="store_true", help="let a head learn from these and order all others")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()
     args.limit = (1000 if args.fast else 4000) if args.limit is None else args.limit
@@ -307,7 +306,7 @@ def main():
     tokens, words = held["tokens"], model.read(held["captions"]).cpu()[held["caption_index"].long()]           # [n, L]
     if rank == 0 and known < len(train):
         print(f"orders for {known:,} of {len(train):,} training images: "
-              + ("a head learns from them and helps with the others" if args.fast
+              + ("a head learns from them and orders the others" if args.fast
                  else "--limit 0 infers them all, --fast estimates"))
     at_once, stop, saved, pupil = images_at_once(model), on_interrupt(), time.time(), None
     with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
@@ -322,7 +321,7 @@ def main():
                     pupil.where.load_state_dict(head)
                 head = pupil.where.state_dict()
             rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
-            who, shortlist = (model, 0) if done < exact else (pupil, SHORTLIST)
+            who, shortlist = (model, 0) if done < exact else (pupil, 1)    # 1: the head alone
             found = shared_orders(who, tokens[rows], words[rows], args.score, args.distance, shortlist, kind, rank,
                                   world)
             order[done:done + len(rows)] = found.to(order.dtype)
@@ -340,9 +339,9 @@ def main():
     if rank:
         return
     if pupil and len(check):                           # the head never saw these
-        guess = shared_orders(pupil, tokens[check], words[check], args.score, args.distance, SHORTLIST, kind)
+        guess = shared_orders(pupil, tokens[check], words[check], args.score, args.distance, 1, kind)
         agree = rank_correlation(rank_of(guess), rank_of(order[known:exact].long()))
-        print(f"such orders of {len(check)} validation images correlate by {agree:.3f} with the exact ones")
+        print(f"the head's orders of {len(check)} validation images correlate by {agree:.3f} with the exact ones")
     captions = held["caption_index"][index].long()
     caption_rank = caption_ranks(order, captions, len(held["captions"]))
     save(target, {"kind": "orders", "version": 1, **about, "order": order, "index": index, "caption_rank": caption_rank,

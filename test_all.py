@@ -519,7 +519,7 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
         known = {"file": torch.load(one / "orders.pt", weights_only=True)["order"].tolist(),
                  "head": torch.cat(asked).tolist() if asked else None}
         assert bool(asked) == (whose == "head") and all(order in known[whose] for order in seen[-1])
-    for stop in (2, 5, 7):                             # in the first round, while the head is asked, in the second round
+    for stop in (2, 5, 7):                             # in the first round, while the head is asked, in the second
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
             code, printed = call(patch, capsys, "finetune", "--out", parts, *flags)
@@ -878,7 +878,7 @@ def test_every_block_is_computed(monkeypatch, size):
 
 
 def test_blocks_of_three_heads_and_six_rows_by_hand(monkeypatch):
-    """16 * 2 / 8 = 4 rows would be best, so two blocks share six. 250 bytes hold the 3 x 6 float64 scores of one head."""
+    """16 * 2 / 8 = 4 rows would be best, so two blocks share six. 250 bytes hold the 3 x 6 scores of one head."""
     monkeypatch.setattr(anyorder, "BLOCK", 250)
     found = list(anyorder.blocks(3, 6, torch.zeros(0, dtype=torch.float64)))
     assert [(some.start, some.stop, start, end) for some, start, end, _ in found] == [
@@ -1385,7 +1385,8 @@ def test_run_leaves_bugs_alone_and_returns_when_all_is_well():
         run(lambda: 1 / 0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"),
+                    reason="no glibc")
 def test_freed_memory_is_not_fetched_page_by_page_again():
     """Blocks of 20 MB together, taken and freed: after some warming up, no page is new. (10,000 are, by default.)"""
     program = ("import resource, torch, data; data.keep_memory()\nfor i in range(15):\n    if i == 5:\n"
