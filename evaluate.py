@@ -939,7 +939,8 @@ def print_report(report, columns):
         print("\nagreement of orders on the same images (rank correlation)\n"
               + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
     print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, "
-          f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones at {report['size']}x{report['size']}; "
+          f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones "
+          f"at {report['size']}x{report['size']}; "
           f"seed {report['seed']}, guidance {report['guidance']}\n"
           f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
     if judge:
