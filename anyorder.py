@@ -458,15 +458,14 @@ def precision(device):
     (A CPU without bfloat16 instructions emulates them, 100 times slower; a GPU of the last years has them.)"""
     if device.type == "mps":
         return torch.float32
-    times = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, tries = torch.ones(256, 256, device=device, dtype=dtype), []
-        for _ in range(5):                                                 # the best counts: others may use the machine
+    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    for _ in range(8):                                 # in turns, and the best counts: others may use the machine
+        for dtype in best:
+            a = torch.ones(256, 256, device=device, dtype=dtype)
             start = time.perf_counter()
             (a @ a).sum().item()
-            tries.append(time.perf_counter() - start)
-        times.append(min(tries))
-    return torch.bfloat16 if times[1] < times[0] else torch.float32
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return torch.bfloat16 if best[torch.bfloat16] < best[torch.float32] else torch.float32
 
 
 def open_tokens(out, data=None):
