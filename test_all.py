@@ -61,7 +61,7 @@ PROBED = functools.cache(anyorder.precision)
 
 @pytest.fixture(autouse=True)
 def one_probe(monkeypatch):
-    """What two runs must do alike, they do in one number type: a machine under load may answer the probe differently."""
+    """What two runs must do alike, they do in one number type: under load the probe may answer differently."""
     for module in (anyorder, order_infer, finetune):
         monkeypatch.setattr(module, "precision", PROBED)
 
