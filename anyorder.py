@@ -197,8 +197,6 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
 def cached_attention(q, k, v):
     """Few queries, each of which sees all keys: q [B, heads, n, d], k, v [B, heads, T, d] (say, slices of a larger
     cache) -> [B, heads, n, d]. For inference: no backward pass."""
-    if q.shape[2] == 0:
-        return q                                                           # nobody asks
     p = products(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), q.shape[-1] ** -0.5)    # [B * heads, n, T]
     return torch.bmm(torch.softmax(p, -1, out=p), v.flatten(0, 1)).view(q.shape)
 
@@ -361,12 +359,13 @@ class Drawing:
             q, k, v = block.split(x)                                       # [B, heads, *, d]
             self.k[i, :, :, start:start + n], self.v[i, :, :, start:start + n] = k[:, :, :n], v[:, :, :n]
             old_k, old_v = self.k[i, :, :, :start + n], self.v[i, :, :, :start + n]
-            several = len(origin) > n                  # the last of the n is repeated, once for each offer
-            y = cached_attention(q[:, :, :n - several], old_k, old_v)      # the n see the cache and each other
-            if several:
+            if len(origin) == n:                       # they see the cache and each other
+                y = cached_attention(q, old_k, old_v)
+            else:                                      # the last of them is repeated, once for each offer
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
-                offers = candidate_attention(*(z[:, :, n - 1:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
-                y = torch.cat((y, offers), 2) if n > 1 else offers
+                y = candidate_attention(*(z[:, :, n - 1:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
+                if n > 1:
+                    y = torch.cat((cached_attention(q[:, :, :n - 1], old_k, old_v), y), 2)
             x = block.merge(x, y)
         self.after = self.model.norm(x[:, -C:])                            # [B, C, D]
         return self.model.head(self.after)

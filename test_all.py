@@ -59,11 +59,16 @@ warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)    #
 PROBED = functools.cache(anyorder.precision)
 
 
+def compute_in(monkeypatch, probe):
+    """All stages of this process take their number type from `probe`."""
+    for module in (anyorder, order_infer, finetune):
+        monkeypatch.setattr(module, "precision", probe)
+
+
 @pytest.fixture(autouse=True)
 def one_probe(monkeypatch):
     """What two runs must do alike, they do in one number type: under load the probe may answer differently."""
-    for module in (anyorder, order_infer, finetune):
-        monkeypatch.setattr(module, "precision", PROBED)
+    compute_in(monkeypatch, PROBED)
 
 
 def slow(test):
@@ -2860,8 +2865,7 @@ def torchrun(program, *lines):
 def float32(monkeypatch):
     """What differs by the order of summation only is close in float32. (bfloat16 has 3 digits, and Adam's first steps
     make much of little.)"""
-    for module in (anyorder, order_infer, finetune):
-        monkeypatch.setattr(module, "precision", lambda device: torch.float32)
+    compute_in(monkeypatch, lambda device: torch.float32)
 
 
 def close(a, b):
