@@ -194,10 +194,11 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     return out
 
 
-def cached_attention(q, k, v):
-    """Few queries, each of which sees all keys: q [B, heads, n, d], k, v [B, heads, T, d] (say, slices of a larger
-    cache) -> [B, heads, n, d]. For inference: no backward pass."""
+def cached_attention(q, k, v, mask=None):
+    """Few queries with all keys: q [B, heads, n, d], k, v [B, heads, T, d] (say, slices of a larger cache) ->
+    [B, heads, n, d]. mask [n, T] is -inf for keys that a query must not see, else 0. For inference: no backward pass."""
     p = products(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), q.shape[-1] ** -0.5)    # [B * heads, n, T]
+    p = p if mask is None else p.add_(mask)
     return torch.bmm(torch.softmax(p, -1, out=p), v.flatten(0, 1)).view(q.shape)
 
 
@@ -329,7 +330,7 @@ class Drawing:
 
     One cell is placed at a time, or several at once (n > 1). The next look then enters the others too, all of which see
     each other: as inputs that lead from each to the one placed after it, or, with `sure` (all of the n or more cells
-    looked at will be placed), to one of these cells, so that a cell never costs more than one input. Such a pass is no
+    looked at will be placed, in this order), to one of these cells, so that a cell never costs more than one input. Such a pass is no
     longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
     """
 
@@ -351,17 +352,25 @@ class Drawing:
 
     def look(self, cells, sure=False):
         n, start, C = self.drawn.shape[1], self.t, cells.shape[1]          # n cells were drawn last
-        following = cells if sure else torch.cat((self.cell[:, 1:], cells), 1)                 # [B, C or n - 1 + C]
-        origin = torch.arange(following.shape[1], device=cells.device).clamp_max(n - 1)
+        following = cells if sure else torch.cat((self.cell[:, 1:], cells), 1)                 # [B, M]
+        M = following.shape[1]
+        origin = torch.arange(M, device=cells.device).clamp_max(n - 1)     # the last of them is repeated
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
-        self.cells, self.offered, self.first = cells, [], n - 1 if sure else 0
+        alone = sure or M == n                                             # no offers: all inputs see each other
+        end = start + (M if alone else n)
+        mask = None
+        if alone and M > n:                            # but not the repeated ones, each of which is the last cell
+            mask = torch.zeros(M, end).index_fill_(1, torch.arange(start + n, end), -math.inf)
+            mask[n:, start + n - 1] = -math.inf
+            mask = mask.diagonal_scatter(torch.zeros(M), start).to(x)
+        self.cells, self.offered = cells, []
         for i, block in enumerate(self.model.blocks):
-            q, k, v = block.split(x)                                       # [B, heads, *, d]
-            self.k[i, :, :, start:start + n], self.v[i, :, :, start:start + n] = k[:, :, :n], v[:, :, :n]
-            old_k, old_v = self.k[i, :, :, :start + n], self.v[i, :, :, :start + n]
-            if len(origin) == n:                       # they see the cache and each other
-                y = cached_attention(q, old_k, old_v)
-            else:                                      # the last of them is repeated, once for each offer
+            q, k, v = block.split(x)                                       # [B, heads, M, d]
+            self.k[i, :, :, start:end], self.v[i, :, :, start:end] = k[:, :, :end - start], v[:, :, :end - start]
+            old_k, old_v = self.k[i, :, :, :end], self.v[i, :, :, :end]
+            if alone:
+                y = cached_attention(q, old_k, old_v, mask)
+            else:
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
                 y = candidate_attention(*(z[:, :, n - 1:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
                 if n > 1:
@@ -373,9 +382,8 @@ class Drawing:
     def place(self, choice, token):
         row = torch.arange(len(choice), device=choice.device)
         self.t += self.drawn.shape[1]
-        taken = (choice[:, 0] - self.first).clamp_min(0)                   # which offer of the last cell is kept
-        for i, (k, v) in enumerate(self.offered):
-            self.k[i, :, :, self.t - 1], self.v[i, :, :, self.t - 1] = k[row, :, taken], v[row, :, taken]
+        for i, (k, v) in enumerate(self.offered):                          # the offer that was taken stays
+            self.k[i, :, :, self.t - 1], self.v[i, :, :, self.t - 1] = k[row, :, choice[:, 0]], v[row, :, choice[:, 0]]
         self.before = self.after[row, choice[:, -1]][:, None]
         self.cell = self.cells.gather(1, choice)                           # [B, n]
         self.drawn = self.model.embed_drawn(token, self.cell)              # [B, n, D]

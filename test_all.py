@@ -246,32 +246,32 @@ def masked_logits(model, x, seen):
     return model.head(model.norm(x))
 
 
-@pytest.mark.parametrize("choices", ([0], [1], [3], [1, 3], [0, 2], [2, 3]))
-@pytest.mark.parametrize("sure", (True, False))
-def test_drawing_several_cells_in_a_step_equals_its_definition(choices, sure):
-    """Three cells are given in steps of one and two, then four are looked at, some are placed, and two more looked at.
-    Everything is computed again with one mask: who enters the cache sees all that entered with it or before; an offer
-    of the last cell sees all of these but the cell's own entry, and itself."""
-    model = tiny(rows=3, cols=3, codebook=5)
-    order, words = random_order(4, 9, torch.Generator().manual_seed(3)), model.read(["sun", "", "sun", "sea"])
-    tokens = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize("sure, choices", [(True, [0, 1, 2, 3])] + [
+    (False, choices) for choices in ([0], [1], [3], [1, 3], [0, 2], [2, 3])])
+def test_drawing_several_cells_in_a_step_equals_its_definition(sure, choices):
+    """Three cells are given in steps of one and two, then four are looked at, some are placed, and one more than these
+    looked at. Everything is computed again with one mask: who enters the cache sees all that entered with it or before;
+    an offer of the last cell sees all of these but the cell's own entry, and itself."""
+    model, n = tiny(rows=3, cols=4, codebook=5), len(choices)
+    order, words = random_order(4, 12, torch.Generator().manual_seed(3)), model.read(["sun", "", "sun", "sea"])
+    tokens = torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(4))
     choice, content = torch.tensor(choices).expand(4, -1), tokens.gather(1, order)
     with torch.inference_mode():
         drawing, found = Drawing(model, words), []
-        for k, n in ((0, 1), (1, 2)):
-            drawing.look(order[:, k:k + n], sure=True)
-            drawing.place(torch.arange(n).expand(4, n), content[:, k:k + n])
+        for k, m in ((0, 1), (1, 2)):
+            drawing.look(order[:, k:k + m], sure=True)
+            drawing.place(torch.arange(m).expand(4, m), content[:, k:k + m])
         found.append(drawing.look(order[:, 3:7], sure))
         placed = order[:, 3:7].gather(1, choice)
         drawing.place(choice, tokens.gather(1, placed))
-        found.append(drawing.look(order[:, 7:9], sure=True))
+        found.append(drawing.look(order[:, 7:8 + n], sure=True))
 
         def lead(cell, following):                     # the input that has drawn `cell` and goes on to another
-            token = tokens.gather(1, cell.clamp_max(8)).where(cell < 9, torch.tensor(5))
+            token = tokens.gather(1, cell.clamp_max(11)).where(cell < 12, torch.tensor(5))
             return model.embed_drawn(token, cell) + model.embed_next(cell, following)
         cell, first = lambda k: order[:, k:k + 1], 4 if sure else 3
-        nowhere = torch.full((4, 1), 9)
-        taken = max(choices[0], first - 3)             # sure: cell 1 leads to the first of the four, cell 2 to the rest
+        nowhere = torch.full((4, 1), 12)
+        taken = 1 if sure else choices[0]              # sure: cell 1 leads to the first of the four, cell 2 to the rest
         entered = [model.embed_words(words), lead(nowhere, cell(0)), lead(cell(0), cell(1)),
                    lead(cell(1), cell(3 if sure else 2)), lead(cell(2), cell(3 + taken))]
         offers = [lead(cell(2), cell(k)) for k in range(first, 7)]
@@ -285,10 +285,10 @@ def test_drawing_several_cells_in_a_step_equals_its_definition(choices, sure):
         torch.testing.assert_close(drawing.v[0, :, :, 5:6], entry[2])
         if 3 + taken > first:                          # (cell 1 saw the first offer, which is not the entry now)
             return
-        ends = [lead(placed[:, min(i, len(choices) - 1), None], cell(7 + i)) for i in range(2)]
-        seen = torch.ones(8, 8, dtype=torch.bool).tril()
-        seen[4, 5] = True
-        seen[6, 7], seen[7, 6] = len(choices) > 1, len(choices) > 1        # two entries, or one and an offer
+        ends = [lead(placed[:, min(i, n - 1), None], cell(7 + i)) for i in range(n + 1)]
+        seen = torch.ones(7 + n, 7 + n, dtype=torch.bool).tril()
+        seen[4, 5] = seen[6:6 + n, 6:6 + n] = True     # n entries, and an offer of the last
+        seen[6 + n, 5 + n] = False
         x = torch.cat(entered + ends, 1)
         torch.testing.assert_close(found[1], masked_logits(model, x, seen)[:, 6:], rtol=1e-4, atol=1e-4)
 
