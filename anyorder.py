@@ -196,7 +196,7 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
 
 def cached_attention(q, k, v, mask=None):
     """Few queries with all keys: q [B, heads, n, d], k, v [B, heads, T, d] (say, slices of a larger cache) ->
-    [B, heads, n, d]. mask [n, T] is -inf for keys that a query must not see, else 0. For inference: no backward pass."""
+    [B, heads, n, d]. mask [n, T] is -inf for keys that a query must not see, else 0. No backward pass."""
     p = products(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), q.shape[-1] ** -0.5)    # [B * heads, n, T]
     p = p if mask is None else p.add_(mask)
     return torch.bmm(torch.softmax(p, -1, out=p), v.flatten(0, 1)).view(q.shape)
@@ -330,8 +330,8 @@ class Drawing:
 
     One cell is placed at a time, or several at once (n > 1). The next look then enters the others too, all of which see
     each other: as inputs that lead from each to the one placed after it, or, with `sure` (all of the n or more cells
-    looked at will be placed, in this order), to one of these cells, so that a cell never costs more than one input. Such a pass is no
-    longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
+    looked at will be placed, in this order), to one of these cells, so that a cell never costs more than one input.
+    Such a pass is no longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
     """
 
     def __init__(self, model, words):

@@ -82,11 +82,11 @@ def step_lengths(model):
                       torch.zeros(1, rows * cols)))
 
 
-def touching_cells(model):
-    """[N, N] bool: cells that share an edge or a corner; none touches itself."""
+def adjacent_cells(model):
+    """[N, N] bool: cells that share an edge; none is adjacent to itself."""
     rows, cols = model.config["rows"], model.config["cols"]
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
-    return (place[:, None] - place).abs().amax(-1) == 1
+    return (place[:, None] - place).abs().sum(-1) == 1
 
 
 def without(cells, choice):

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
 from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run,
                   save_picture, sheet, to_float, to_uint8)
-from order_infer import colour_map, infer_orders, location_scores, order_maps, step_lengths, touching_cells, without
+from order_infer import adjacent_cells, colour_map, infer_orders, location_scores, order_maps, step_lengths, without
 from tokenizer import load_tokenizer, seeded
 
 ORDERS = ("raster", "random", "inferred", "class", "learned", "sampled")
@@ -75,8 +75,8 @@ def steps_of(cells, parallel):
 
 
 def best_apart(value, cells, n, near):
-    """The n best of cells [B, C] by value [B, C], no two of which touch, as long as there are such: numbers [B, n].
-    Neighbours must not be drawn at once: neither would know the other. near [N, N] says which cells touch."""
+    """The n best of cells [B, C] by value [B, C], no two of them adjacent, as long as there are such: numbers [B, n].
+    Cells that share an edge must not be drawn at once: neither would know the other. near [N, N]: adjacent_cells."""
     value, choice = value.float().clone(), [value.argmax(1, keepdim=True)]
     while len(choice) < n:
         last = cells.gather(1, choice[-1])                                 # [B, 1]
@@ -131,7 +131,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     if order != "raster" or not only_raster:
         cells = cells.gather(1, (~keep)[cells].int().argsort(dim=1, stable=True))          # kept ones first
         head = int(keep.sum())                                             # so many steps draw nothing new
-    lengths, near = step_lengths(model).to(device), touching_cells(model).to(device)
+    lengths, near = step_lengths(model).to(device), adjacent_cells(model).to(device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
     visited, k = [], 0
     for n in [1] * head + steps_of(N - head, parallel):

@@ -604,14 +604,14 @@ def test_a_few_steps_draw_few_cells_first_and_all_in_the_end():
                     and len(steps) == (parallel or cells if parallel < cells else cells) and steps == sorted(steps))
 
 
-def test_cells_of_one_step_do_not_touch_while_there_are_others():
-    #  cells of a 3x3 grid with the scores    9 8 1      9 first; 8, 7 and 6 touch it; then 5, 4, 3 (all corners);
-    #                                         7 6 2      then the best of the rest, 8
+def test_cells_of_one_step_share_no_edge_while_there_are_others():
+    #  cells of a 3x3 grid with the scores    9 8 1      9 first; 8 and 7 are adjacent to it; then 6, 5, 4 and 1 (the
+    #                                         7 6 2      middle and all corners); then the best of the rest, 8
     #                                         5 0 4
-    near = order_infer.touching_cells(tiny(rows=3, cols=3))
-    assert near[4].tolist() == [True] * 4 + [False] + [True] * 4 and near[0].nonzero()[:, 0].tolist() == [1, 3, 4]
+    near = order_infer.adjacent_cells(tiny(rows=3, cols=3))
+    assert near[4].nonzero()[:, 0].tolist() == [1, 3, 5, 7] and near[0].nonzero()[:, 0].tolist() == [1, 3]
     value, cells = torch.tensor([[9., 8, 1, 7, 6, 2, 5, 0, 4]]), torch.arange(9)[None]
-    assert sample.best_apart(value, cells, 4, near).tolist() == [[0, 6, 8, 2]]
+    assert sample.best_apart(value, cells, 6, near).tolist() == [[0, 4, 6, 8, 2, 1]]
     assert sorted(sample.best_apart(value, cells, 9, near)[0].tolist()) == list(range(9))
     assert sample.best_apart(value, cells, 1, near).tolist() == [[0]]
 
