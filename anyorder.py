@@ -331,7 +331,7 @@ class Drawing:
     One cell is placed at a time, or several at once (n > 1). The next look then enters the others too, all of which see
     each other: as inputs that lead from each to the one placed after it, or, with `sure` (all of the n or more cells
     looked at will be placed, in this order), to one of these cells, so that a cell never costs more than one input.
-    Such a pass is no longer that of `forward`, where one cell follows another, but close to it, and N / n passes suffice.
+    Such a pass is not quite that of `forward`, where one cell follows another, but N / n passes suffice.
     """
 
     def __init__(self, model, words):
