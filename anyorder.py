@@ -181,16 +181,15 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     for i in range(0, B, step):
         some = slice(i, i + step)
         qt, kt, vt, past_k, past_v = (x[some].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))
-        own = (qt * kt).sum(-1, keepdim=True).mul_(scale)                  # [n, C, 1]
-        scores = products(qt, past_k.transpose(1, 2), scale)               # [n, C, T]
-        p = scores.sub_(own).exp_()                    # all relative to its own, whose exponential is 1: no maximum
-        total = p.sum(-1, keepdim=True).add_(1)
+        own = (qt * kt).sum(-1, keepdim=True)                              # [n, C, 1]
+        p = torch.baddbmm(own, qt, past_k.transpose(1, 2), beta=-scale, alpha=scale).exp_()            # [n, C, T]
+        total = p.sum(-1, keepdim=True).add_(1)        # all relative to its own, whose exponential is 1: no maximum
         if (total < 1e30).all():
-            found = torch.bmm(p, past_v).add_(vt).div_(total)
+            found = torch.baddbmm(vt, p, past_v).view(-1, heads, C, d)
+            torch.div(found, total.view(-1, heads, C, 1), out=out[some])
         else:                                          # a score 69 nats above its own: as its definition
-            p = torch.cat((products(qt, past_k.transpose(1, 2), scale), own), -1).softmax(-1)
-            found = torch.bmm(p[..., :-1], past_v).addcmul_(p[..., -1:], vt)
-        out[some] = found.view(-1, heads, C, d)
+            p = torch.cat((products(qt, past_k.transpose(1, 2), scale), own * scale), -1).softmax(-1)
+            out[some] = torch.bmm(p[..., :-1], past_v).addcmul_(p[..., -1:], vt).view(-1, heads, C, d)
     return out
 
 
