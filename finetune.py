@@ -172,16 +172,16 @@ def main():
             print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
         raise KeyboardInterrupt
 
-    def heads_orders():
-        """The orders that the head would choose now: [n, N] of the training images, and of those to check."""
-        both, found = torch.cat((train, val)), []
+    def heads_orders(seen):
+        """The orders that the head would choose now: [n, N] of the training images `seen`, and of those to check."""
+        both, found = torch.cat((train[seen], val)), []
         for part in tqdm(both.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
             found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"], 0.0,
                                        1, kind, rank, world))         # a shortlist of one: the head alone
             if interrupted(stop, device):
                 leave()
-        return torch.cat(found).split((len(train), len(val)))
+        return torch.cat(found).split((len(seen), len(val)))
 
     if rank == 0:
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
@@ -194,7 +194,9 @@ def main():
         start, chance = time.time(), seeded(args.seed, step)
         part = bisect.bisect(begins, step) - 1                             # the round
         if step and step == begins[part]:
-            old, (order, val_order) = val_order, heads_orders()
+            seen = sorted({i for k in range(begins[part], begins[part + 1])
+                           for i in batch_of(k, args.batch, len(train), args.seed)})       # in this round
+            old, (order[seen], val_order) = val_order, heads_orders(seen)
             val_order, best = val_order.to(device), math.inf               # losses in other orders do not compare
             agree = rank_correlation(rank_of(old), rank_of(val_order))
             say(f"round {part + 1}: orders of the head, rank correlation {agree:.3f} with those before; "

@@ -534,6 +534,11 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
         known = {"file": torch.load(one / "orders.pt", weights_only=True)["order"].tolist(),
                  "head": torch.cat(asked).tolist() if asked else None}
         assert bool(asked) == (whose == "head") and all(order in known[whose] for order in seen[-1])
+        index, split = (torch.load(one / f"{name}.pt", weights_only=True)[key]
+                        for name, key in (("orders", "index"), ("tokens", "split")))
+        n = int((split[index] == 0).sum())             # the head orders what the round draws, and what checks it
+        drawn = {i for step in range(4, 8) for i in tokenizer.batch_of(step, 8, n, 0)}
+        assert not asked or len(drawn) < n and len(torch.cat(asked)) == len(drawn) + len(index) - n
     for stop in (2, 5, 7):                             # in the first round, while the head is asked, in the second
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
