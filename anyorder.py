@@ -355,25 +355,24 @@ class Drawing:
         M = following.shape[1]
         origin = torch.arange(M, device=cells.device).clamp_max(n - 1)     # the last of them is repeated
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
-        alone = sure or M == n                                             # no offers: all inputs see each other
-        end = start + (M if alone else n)
-        mask = None
-        if alone and M > n:                            # but not the repeated ones, each of which is the last cell
-            mask = torch.zeros(M, end).index_fill_(1, torch.arange(start + n, end), -math.inf)
-            mask[n:, start + n - 1] = -math.inf
-            mask = mask.diagonal_scatter(torch.zeros(M), start).to(x)
+        offers, mask = M > n and not sure, None
+        end = start + (n if offers else M)             # what is no offer enters, and is seen by all that enter
+        if M > n and sure:                             # but of the repeated inputs, all one cell, only the first is
+            mask = x.new_zeros(M, end)
+            mask[:n, start + n:] = mask[n:, start + n - 1:] = -math.inf
+            mask.diagonal(start).zero_()
         self.cells, self.offered = cells, []
         for i, block in enumerate(self.model.blocks):
             q, k, v = block.split(x)                                       # [B, heads, M, d]
             self.k[i, :, :, start:end], self.v[i, :, :, start:end] = k[:, :, :end - start], v[:, :, :end - start]
             old_k, old_v = self.k[i, :, :, :end], self.v[i, :, :, :end]
-            if alone:
-                y = cached_attention(q, old_k, old_v, mask)
-            else:
+            if offers:
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
                 y = candidate_attention(*(z[:, :, n - 1:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
                 if n > 1:
                     y = torch.cat((cached_attention(q[:, :, :n - 1], old_k, old_v), y), 2)
+            else:
+                y = cached_attention(q, old_k, old_v, mask)
             x = block.merge(x, y)
         self.after = self.model.norm(x[:, -C:])                            # [B, C, D]
         return self.model.head(self.after)
