@@ -259,6 +259,14 @@ class AnyOrder(nn.Module):
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(D, config["layers"]) for _ in range(config["layers"]))
+        # A cell begins as waves along its row and its column, of all lengths: to look one cell to the left is then the
+        # same rotation of these wherever one is, which attention learns once, and not again for each cell.
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()       # [N, 2]
+        phase = place[..., None] * torch.linspace(0.25, 3, D // 4) * math.pi / max(rows, cols)
+        waves = 0.06 * torch.cat((phase.cos(), phase.sin()), 1).flatten(1)                 # [N, D]
+        with torch.no_grad():
+            self.at.weight[:self.N] = waves
+            self.next.weight.copy_(waves[:, torch.randperm(D)])            # shuffled, to be told from the other
         # how often each code occurs in the training images: what order_infer.py calibrates confidence by
         self.register_buffer("frequency", torch.full((V,), 1 / V))
         # hop[a, b] numbers the step from cell a to cell b by its rows and columns; the step from nowhere has its own
@@ -418,6 +426,55 @@ def draw(model, captions, order, generator=None):
 # What every training run needs
 
 
+def orthogonal(g):
+    """U V^T of each matrix of g [n, i, j] = U S V^T, nearly: the singular values come to lie between 0.7 and 1.2.
+    Five times x <- a x + (b x x^T + c (x x^T)^2) x, which sends each singular value s to a s + b s^3 + c s^5."""
+    x = g if g.shape[1] <= g.shape[2] else g.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if g.shape[1] <= g.shape[2] else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024, scaled as in arXiv 2502.16982): where a gradient has a few large
+    directions and many small ones, all of which matter, the step is as long in each.
+
+        m <- 0.95 m + 0.05 grad        w <- (1 - 0.05 lr) w - 0.2 sqrt(max(i, j)) lr orthogonal(0.95 m + 0.05 grad)
+
+    For matrices w [i, j]; those of one shape go together, in `dtype`. The library's own, torch.optim.Muon, is always in
+    bfloat16, which many CPUs emulate.
+    """
+
+    def __init__(self, matrices, lr, dtype):
+        super().__init__(matrices, {"lr": lr})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, alike = group["lr"], {}
+            for w in group["params"]:
+                alike.setdefault(w.shape, []).append(w)
+            for shape, some in alike.items():
+                grads = [w.grad for w in some]
+                past = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in some]
+                torch._foreach_lerp_(past, grads, 0.05)
+                ahead = torch.stack(torch._foreach_lerp(past, grads, 0.05)).to(self.dtype)         # [n, i, j]
+                torch._foreach_mul_(some, 1 - 0.05 * lr)
+                torch._foreach_add_(some, orthogonal(ahead).float().unbind(), alpha=-0.2 * max(shape) ** 0.5 * lr)
+
+
+def optimizers(model, lr, dtype):
+    """Muon for the matrices of the blocks, AdamW for embeddings, norms and heads."""
+    parts = [], []
+    for name, w in model.named_parameters():
+        parts[name.startswith("blocks") and w.dim() == 2].append(w)
+    return (torch.optim.AdamW(parts[0], lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
+            Muon(parts[1], lr, dtype))
+
+
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first twentieth of the run, then a cosine to zero."""
     warm = max(1, steps // 20)
@@ -560,7 +617,7 @@ def main():
                         help="random: any given order; raster: the baseline that draws left to right, top to bottom")
     parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 0.0015)")
+    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate (default 0.006)")
     parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32 (default 128)")
     parser.add_argument("--layers", type=int, default=6, help="transformer layers (default 6)")
     parser.add_argument("--limit", type=int, default=0, help="train on the first N training images only (0: all)")
@@ -573,7 +630,7 @@ def main():
         raise UserError(f"--width {args.width} is not a multiple of {HEAD}: "
                         f"try {max(1, round(args.width / HEAD)) * HEAD}")
     if not 0 < args.lr < 1:
-        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.001")
+        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.006")
     device = pick_device(args.device)
     rank, world = join(device)
     if args.batch % world:
@@ -596,6 +653,13 @@ def main():
     torch.manual_seed(args.seed)
     model = AnyOrder({"rows": grid["rows"], "cols": grid["cols"], "codebook": V, "width": args.width,
                       "layers": args.layers, "order_head": False, "words": words, "caption_length": length}).to(device)
+    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
+    if tokenizer.fingerprint != held["made_from"]["tokenizer"]:
+        raise UserError(f"{path} was made by another tokenizer than {args.out}/tokenizer.pt: run python tokenizer.py")
+    with torch.no_grad():                              # codes that look alike begin alike: a random projection of them
+        book = (tokenizer.codebook - tokenizer.codebook.mean(0)) / tokenizer.codebook.std()             # [V, dim]
+        mix = torch.randn(book.shape[1], args.width) * 0.04 / book.shape[1] ** 0.5
+        model.content.weight[:V] += book @ mix.to(device)
     captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
     tokens = held["tokens"].to(device)
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
@@ -612,7 +676,6 @@ def main():
                 **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
     parameters = sum(p.numel() for p in model.parameters())
     kind = precision(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:
         file = load(unfinished, "unfinished", "python anyorder.py without --resume")
@@ -621,9 +684,12 @@ def main():
             raise UserError(f"{unfinished} was begun with another {', '.join(other)}: "
                             "repeat its flags, or leave out --resume")
         model.load_state_dict(file["model"])
-        optimizer.load_state_dict(file["optimizer"])
         step, best, history, seconds = file["step"], file["best"], file["history"], file["seconds"]
         kind = torch.bfloat16 if file["bfloat16"] else torch.float32       # whatever the probe says this time
+    both = optimizers(model, args.lr, kind)
+    if args.resume:
+        for optimizer, state in zip(both, file["optimizers"]):
+            optimizer.load_state_dict(state)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         print(f"{len(train):,} images to train on, {len(check)} to check, {N} cells, {V} codes, {len(words)} words; "
@@ -632,8 +698,8 @@ def main():
 
     def remember():
         save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
-                          "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                          "history": history, "seconds": seconds, "bfloat16": kind == torch.bfloat16})
+                          "model": model.state_dict(), "optimizers": [each.state_dict() for each in both], "step": step,
+                          "best": best, "history": history, "seconds": seconds, "bfloat16": kind == torch.bfloat16})
 
     stop, saved = on_interrupt(), time.time()
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -646,8 +712,6 @@ def main():
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         mine = slice(rank, None, world)                                                    # each takes its share
         pick, order, told = pick[mine].to(device), order[mine].to(device), told[mine].to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, _ = parallel(tokens[pick], captions[pick] * told, order)                 # [B, N, V]
             loss = F.cross_entropy(what.flatten(0, 1), tokens[pick].gather(1, order).flatten())
@@ -656,8 +720,10 @@ def main():
         if not math.isfinite(loss.item() + norm.item()):
             raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
                             f"the last good model; try --lr {args.lr / 3:.2g}")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         seconds += time.time() - start
         bar.update()
@@ -694,7 +760,6 @@ def main():
     shown = (shown * 32)[:32]
     chance = torch.Generator(device).manual_seed(args.seed)
     drawn = draw(model, shown, orders(32, N, seeded(args.seed, "sheet")).to(device), chance)
-    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
     save_picture(os.path.join(args.out, f"{name}.png"),
                  sheet(tokenizer.decode(drawn), 8, scale=max(1, 128 // grid["size"])))
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"

@@ -715,7 +715,7 @@ def training_speed(device, dtype, batch, **size):
     model, B = untrained(device, **size), batch
     N, L, V = model.N, model.config["caption_length"], model.V
     tokens, words = torch.randint(V, (B, N), device=device), torch.randint(10, (B, L), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    both = anyorder.optimizers(model, 1e-3, dtype)
 
     def step():
         order = anyorder.random_order(B, N).to(device)
@@ -725,8 +725,9 @@ def training_speed(device, dtype, batch, **size):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def library_step():
         ours, anyorder.fused_attention = anyorder.fused_attention, library_attention

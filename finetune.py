@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from anyorder import (DROP, AnyOrder, interrupted, join, learning_rate, load_model, loss_curve, open_tokens,
-                      precision, random_order, rank_of, raster_order, save_model)
+                      optimizers, precision, random_order, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save
 from order_infer import (check_model, images_at_once, load_orders, location_loss, over_free, rank_correlation,
                          shared_orders)
@@ -141,7 +141,6 @@ def main():
                  "model": fingerprint(start_model.state_dict())}
     settings = {key: getattr(args, key) for key in ("order", "rounds", "steps", "batch", "lr", "seed")}
     kind = precision(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:
         state = load(unfinished, "unfinished", "python finetune.py without --resume")
@@ -149,10 +148,13 @@ def main():
             raise UserError(f"{unfinished} was begun with other settings or files: "
                             "repeat its flags, or leave out --resume")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
         order, val_order = state["order"].long(), state["val_order"].long().to(device)
         kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
+    both = optimizers(model, args.lr, kind)
+    if args.resume:
+        for optimizer, momenta in zip(both, state["optimizers"]):
+            optimizer.load_state_dict(momenta)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def evaluate():
@@ -161,8 +163,8 @@ def main():
 
     def remember():
         save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
-                          "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                          "history": history, "seconds": seconds, "order": order.to(small),
+                          "model": model.state_dict(), "optimizers": [each.state_dict() for each in both], "step": step,
+                          "best": best, "history": history, "seconds": seconds, "order": order.to(small),
                           "val_order": val_order.to(small), "bfloat16": kind == torch.bfloat16})
 
     def leave():
@@ -210,8 +212,6 @@ def main():
         mine = slice(rank, None, world)                                    # each takes its share
         pick, o, chosen, told = (x[mine].to(device) for x in (train[batch], o, chosen, told))
         t = tokens[pick]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
@@ -221,8 +221,11 @@ def main():
         if not math.isfinite(loss.item() + place.item() + norm.item()):
             raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
                             f"the last good model; try --lr {args.lr / 3:.2g}")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = learning_rate(step - begins[part], begins[part + 1] - begins[part],
+                                                            args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         seconds += time.time() - start
         bar.update()
