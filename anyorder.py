@@ -427,8 +427,9 @@ def draw(model, captions, order, generator=None):
 
 
 def orthogonal(g):
-    """U V^T of each matrix of g [n, i, j] = U S V^T, nearly: the singular values come to lie between 0.7 and 1.2.
-    Five times x <- a x + (b x x^T + c (x x^T)^2) x, which sends each singular value s to a s + b s^3 + c s^5."""
+    """U V^T of each matrix of g [n, i, j] = U S V^T, nearly: all singular values that are not tiny come to lie between
+    0.65 and 1.2. Five times x <- a x + (b x x^T + c (x x^T)^2) x, which sends each of them, s, to a s + b s^3 + c s^5.
+    """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):

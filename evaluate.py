@@ -661,6 +661,11 @@ def multiply_adds(model, products, pairs=0):
     return sum(rows * i * o for rows, i, o in products) + 2 * pairs * model.config["width"] * len(model.blocks)
 
 
+def muon_multiply_adds(matrices):
+    """Of a step of Muon: orthogonal() has five iterations of three products."""
+    return sum(5 * min(w.shape) ** 2 * (2 * max(w.shape) + min(w.shape)) for w in matrices)
+
+
 def bare(products, device, dtype, training=False):
     """A function that computes nothing but these products, of random matrices and into memory that it already has, and
     where `training` those of the backward pass: how fast this machine multiplies the model's shapes."""
@@ -739,7 +744,9 @@ def training_speed(device, dtype, batch, **size):
     products = weight_products(model, B * (L + N), B * N)
     ours, library, alone = medians(device, step, library_step, bare(products, device, dtype, training=True))
     yield compared("matrix products of a training step", 6e-9 * multiply_adds(model, products) / alone, unit="GFLOP/s")
-    alone *= multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2) / multiply_adds(model, products)
+    whole = (3 * multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2)
+             + muon_multiply_adds(both[1].param_groups[0]["params"]))
+    alone *= whole / (3 * multiply_adds(model, products))
     name, done = f"training, {N} cells, batch {B}, {str(dtype)[6:]}", B * N
     yield compared(f"{name}, SDPA", done / ours, done / library, "tokens/s", library / ours,
                    least=None if dtype == torch.float32 else 1.5)

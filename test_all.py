@@ -324,13 +324,14 @@ def test_a_tiny_model_overfits_eight_images():
     model = AnyOrder({"rows": 3, "cols": 3, "codebook": 8, "width": 64, "layers": 3, "order_head": False,
                       "words": [str(i) for i in range(8)], "caption_length": 1})
     tokens, captions = torch.randint(8, (8, 9)), [str(i) for i in range(8)]
-    optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(250):
-        optimizer.param_groups[0]["lr"] = anyorder.learning_rate(step, 250, 3e-3)
+    both = anyorder.optimizers(model, 3e-3, torch.float32)
+    for step in range(150):
         loss = -model.log_probs(tokens, captions, random_order(8, 9)).mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = anyorder.learning_rate(step, 150, 3e-3)
+            optimizer.step()
+            optimizer.zero_grad()
     assert loss < 0.05                                                     # it began at ln(8) = 2.08
     drawn = draw(model.eval(), captions, random_order(8, 9), torch.Generator().manual_seed(0))
     assert (drawn == tokens).float().mean() > 0.9
@@ -345,6 +346,71 @@ def test_every_image_comes_once_per_epoch_and_batches_may_exceed_the_data():
 def test_learning_rate_warms_up_and_ends_near_zero():
     rates = [anyorder.learning_rate(s, 100, 1.0) for s in range(100)]
     assert rates[0] < rates[3] and max(rates) == pytest.approx(1, abs=0.01) and rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", ((8, 8), (8, 32), (24, 8)), ids=str)
+def test_orthogonal_keeps_the_directions_and_evens_out_their_lengths(shape, kind):
+    left, _, right = torch.linalg.svd(torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)),
+                                      full_matrices=False)
+    g = left * torch.logspace(-4, -2, 8) @ right                           # the longest is a hundred times the shortest
+    found = left.mT @ anyorder.orthogonal(g.to(kind)).float() @ right.mT   # [5, 8, 8]: diagonal, if the directions stay
+    lengths = found.diagonal(dim1=1, dim2=2)
+    assert 0.65 < lengths.min() and lengths.max() < 1.3
+    assert (found - lengths.diag_embed()).abs().max() < (1e-3 if kind == torch.float32 else 0.1)
+
+
+def test_muon_is_its_definition_and_matrices_of_one_shape_do_not_mix():
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=random) for shape in ((8, 16), (24, 8), (8, 16))]
+    expected, momenta = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
+    optimizer = anyorder.Muon(weights, 0.1, torch.float32)
+    for _ in range(3):
+        for i, w in enumerate(weights):
+            w.grad = torch.randn(w.shape, generator=random)
+            momenta[i] = 0.95 * momenta[i] + 0.05 * w.grad
+            step = anyorder.orthogonal((0.95 * momenta[i] + 0.05 * w.grad)[None])[0]
+            expected[i] = (1 - 0.05 * 0.1) * expected[i] - 0.2 * math.sqrt(max(w.shape)) * 0.1 * step
+        optimizer.step()
+    for w, wanted in zip(weights, expected):
+        torch.testing.assert_close(w, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_each_weight_is_trained_by_one_optimizer_and_matrices_of_blocks_by_muon():
+    model = tiny(order_head=True)
+    adamw, muon = ({id(w) for w in each.param_groups[0]["params"]} for each in anyorder.optimizers(model, 1.0,
+                                                                                                   torch.float32))
+    assert adamw | muon == {id(w) for w in model.parameters()} and not adamw & muon
+    assert muon == {id(w) for block in model.blocks for part in (block.qkv, block.proj, block.up, block.down)
+                    for w in part.parameters()}
+
+
+@pytest.mark.parametrize("rows, cols", ((4, 4), (3, 7), (1, 5)))
+def test_positions_begin_so_that_likeness_depends_on_the_step_between_cells_alone(rows, cols):
+    model = AnyOrder({"rows": rows, "cols": cols, "codebook": 2, "width": 64, "layers": 1, "order_head": False,
+                      "words": [], "caption_length": 1})
+    for where in (model.at.weight[:-1], model.next.weight):
+        like = where @ where.T                                             # [N, N]
+        for hop in model.hop[:-1].unique():
+            torch.testing.assert_close(*torch.stack(torch.aminmax(like[model.hop[:-1] == hop])), rtol=1e-4, atol=1e-5)
+        assert (like.argmax(1) == torch.arange(rows * cols)).all()         # and no two cells begin alike
+
+
+def test_codes_begin_as_alike_as_the_tokenizer_has_them_and_another_tokenizer_is_refused(chain, tmp_path, monkeypatch,
+                                                                                         capsys):
+    out = start_of("anyorder", chain, tmp_path / "out")
+    flags = "--out", out, "--device", "cpu", "--steps", 1, "--lr", 1e-9, "--width", 256, "--layers", 1
+    assert call(monkeypatch, capsys, "anyorder", *flags)[0] == 0
+    codes = tokenizer.load_tokenizer(out / "tokenizer.pt").codebook
+    content = anyorder.load_model(out / "anyorder.pt").content.weight[:-1]
+    codes, content = (torch.cosine_similarity((x - x.mean(0))[:, None], x - x.mean(0), dim=-1) for x in (codes, content))
+    assert torch.corrcoef(torch.stack((codes.flatten(), content.flatten())))[0, 1] > 0.8
+    file = torch.load(out / "tokenizer.pt", weights_only=True)
+    file["model"]["codebook"] += 1
+    data.save(out / "tokenizer.pt", file)
+    before = files_of(out)
+    code, printed = call(monkeypatch, capsys, "anyorder", *flags)
+    assert code == 2 and "another tokenizer" in printed and files_of(out) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2062,6 +2128,10 @@ def test_multiply_adds_by_hand_and_as_torch_counts_them(monkeypatch):
         assert counter.get_total_flops() == 2 * count                      # an addition and a multiplication each
         what.sum().backward()
     assert counter.get_total_flops() == 3 * 2 * count
+    muon = anyorder.optimizers(model, 1e-3, torch.float32)[1]
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    assert counter.get_total_flops() == 2 * evaluate.muon_multiply_adds(muon.param_groups[0]["params"])
 
 
 def test_peak_memory_counts_what_is_alive_and_views_of_nothing_new():
