@@ -221,9 +221,9 @@ def main():
         if not math.isfinite(loss.item() + place.item() + norm.item()):
             raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
                             f"the last good model; try --lr {args.lr / 3:.2g}")
+        rate = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         for optimizer in both:
-            optimizer.param_groups[0]["lr"] = learning_rate(step - begins[part], begins[part + 1] - begins[part],
-                                                            args.lr)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
         step += 1
