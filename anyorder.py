@@ -713,6 +713,7 @@ def main():
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         mine = slice(rank, None, world)                                                    # each takes its share
         pick, order, told = pick[mine].to(device), order[mine].to(device), told[mine].to(device)
+        rate = learning_rate(step, args.steps, args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, _ = parallel(tokens[pick], captions[pick] * told, order)                 # [B, N, V]
             loss = F.cross_entropy(what.flatten(0, 1), tokens[pick].gather(1, order).flatten())
@@ -721,7 +722,6 @@ def main():
         if not math.isfinite(loss.item() + norm.item()):
             raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
                             f"the last good model; try --lr {args.lr / 3:.2g}")
-        rate = learning_rate(step, args.steps, args.lr)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()

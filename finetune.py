@@ -212,6 +212,7 @@ def main():
         mine = slice(rank, None, world)                                    # each takes its share
         pick, o, chosen, told = (x[mine].to(device) for x in (train[batch], o, chosen, told))
         t = tokens[pick]
+        rate = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
             loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
@@ -221,7 +222,6 @@ def main():
         if not math.isfinite(loss.item() + place.item() + norm.item()):
             raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
                             f"the last good model; try --lr {args.lr / 3:.2g}")
-        rate = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
