@@ -26,7 +26,7 @@ In one of four sequences the cells on one side of a random line come first, as i
 learns only whole images in one order forgets how to complete them.
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
-run      python finetune.py                        1.5 minutes on two CPU cores with bfloat16
+run      python finetune.py                        2 minutes on two CPU cores with bfloat16
 you see  the held-out loss in nats per token, in the orders of the validation images, fall below anyorder.pt's
 not here sampling (sample.py), comparing the orders (evaluate.py)
 """
