@@ -101,7 +101,7 @@ def main():
                         help=f"parts of an inferred run, all but the first in the head's orders (default {ROUNDS})")
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together (default 500)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 0.0015)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
     if args.rounds and args.order != "inferred":
@@ -112,7 +112,7 @@ def main():
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
     if not 0 < args.lr < 1:
-        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0015")
+        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0005")
     if args.rounds > args.steps:
         raise UserError(f"--rounds {args.rounds} are more than --steps {args.steps}: each round needs a step")
     device = pick_device(args.device)
