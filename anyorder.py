@@ -673,7 +673,7 @@ def main():
     name = "anyorder" if args.order == "random" else "raster"
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
     made_from = {**held["made_from"], "tokens": held["fingerprint"]}
-    settings = {**model.config,
+    settings = {**model.config, "optimizer": "Muon",
                 **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
     parameters = sum(p.numel() for p in model.parameters())
     kind = precision(device)

@@ -140,6 +140,7 @@ def main():
     made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
                  "model": fingerprint(start_model.state_dict())}
     settings = {key: getattr(args, key) for key in ("order", "rounds", "steps", "batch", "lr", "seed")}
+    settings["optimizer"] = "Muon"
     kind = precision(device)
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:

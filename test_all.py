@@ -2794,6 +2794,11 @@ def test_resume_refuses_other_settings(chain, tmp_path, monkeypatch, capsys):
     before = files_of(out)
     code, printed = call(monkeypatch, capsys, "anyorder", "--out", out, *STAGES["anyorder"], "--lr", 0.1, "--resume")
     assert code == 2 and "another lr" in printed and files_of(out) == before
+    state = torch.load(out / "anyorder_resume.pt", weights_only=True)
+    del state["config"]["optimizer"], state["optimizers"]                  # as before there was Muon
+    data.save(out / "anyorder_resume.pt", state)
+    code, printed = call(monkeypatch, capsys, "anyorder", "--out", out, *STAGES["anyorder"], "--resume")
+    assert code == 2 and "another optimizer" in printed
 
 
 @pytest.mark.parametrize("spoil", (lambda x: x * math.nan, lambda x: x + (x * 0).sqrt()), ids=("loss", "gradient"))
