@@ -451,6 +451,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, dtype):
         super().__init__(matrices, {"lr": lr})
         self.dtype = dtype
+        for w in matrices:
+            self.state[w]["momentum"] = torch.zeros_like(w)
 
     @torch.no_grad()
     def step(self):
@@ -460,7 +462,7 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault(w.shape, []).append(w)
             for shape, some in alike.items():
                 grads = [w.grad for w in some]
-                past = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in some]
+                past = [self.state[w]["momentum"] for w in some]
                 torch._foreach_lerp_(past, grads, 0.05)
                 ahead = torch.stack(torch._foreach_lerp(past, grads, 0.05)).to(self.dtype)         # [n, i, j]
                 torch._foreach_mul_(some, 1 - 0.05 * lr)

@@ -177,8 +177,8 @@ def main():
 
     def heads_orders(seen):
         """The orders that the head would choose now: [n, N] of the training images `seen`, and of those to check."""
-        both, found = torch.cat((train[seen], val)), []
-        for part in tqdm(both.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
+        images, found = torch.cat((train[seen], val)), []
+        for part in tqdm(images.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
             found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"], 0.0,
                                        1, kind, rank, world))         # a shortlist of one: the head alone
