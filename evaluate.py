@@ -58,7 +58,7 @@ HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at mos
 KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
 NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot be compared
 SAMPLE = 256         # orders that are compared between rows, at most
-COMPLETED = 128      # images of which a row completes each half, at most
+COMPLETED = 512      # images of which a row completes each half, at most
 HALVES = ("bottom", "top", "left", "right")
 # What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
 # any-order model, from whose choices the finetuned one has learned
@@ -68,7 +68,7 @@ COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus":
            "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
            "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
            "recall": ("recall", ".3f"), "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f"),
-           "lpips_lower": ("lower half", ".4f")}
+           "lpips_lower": ("lower half", ".4f"), "lpips_lower_error": ("+-", ".4f")}
 MORE = {"step": ("step length", ".2f"), "touches": ("touches drawn", ".3f"), "sun_first": ("sun < cloud", ".3f"),
         "glitter_last": ("sun < glitter", ".3f"), "train_steps": ("training steps", ",d"),
         "tokens_seen": ("tokens seen", ",d"), "train_seconds": ("training s", ",.0f"),
@@ -511,6 +511,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
                "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
                "precision": precision, "recall": recall, "lpips": far.mean().item(),
                "lpips_lower": far[:, HALVES.index("bottom")].mean().item(),
+               "lpips_lower_error": far[:, HALVES.index("bottom")].std().item() / math.sqrt(len(far)),
                "class_seen": sum(seen) / n if judge.config["task"] == "captions" else None,
                "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
@@ -585,20 +586,22 @@ LONG = (1, 8, 4096, 64)                                # here the memory counts
 MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 256},
           "cuda": {"side": 16, "width": 768, "layers": 14, "batch": 64, "draw": 256, "infer": 64},     # 100M parameters
           "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 128, "least": 20}}
-SECONDS = 12                                           # for each comparison; or four rounds, where they take longer
+SECONDS = 12                                           # for each comparison; or five rounds, where they take longer
 
 
 def medians(device, *functions):
-    """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them;
-    the first round only warms up."""
+    """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them,
+    there and back (1 2 3 3 2 1 ...), so that none always finds the caches as the same other has left them; the first
+    round only warms up."""
     rounds, began, wait = [], time.perf_counter(), getattr(torch, device.type).synchronize
-    while len(rounds) < 4 or time.perf_counter() - began < SECONDS:
+    while len(rounds) < 5 or time.perf_counter() - began < SECONDS:
         rounds.append([])
-        for function in functions:
+        for function in functions[::(-1) ** (len(rounds) + 1)]:
             start = time.perf_counter()
             function()
             wait()                                     # a GPU answers before it has finished
             rounds[-1].append(time.perf_counter() - start)
+        rounds[-1] = rounds[-1][::(-1) ** (len(rounds) + 1)]
     return [statistics.median(times) for times in zip(*rounds[1:])]
 
 
@@ -844,8 +847,8 @@ def speed_table(device, out):
               "met": {True: "yes", False: "no"}.get(row["met"])} for row in rows]
     columns = {key: (key, ".2f" if key == "ratio" else "") for key in ("ours", "other", "ratio", "target", "met")}
     print(table(shown, columns))
-    print(f"medians of calls in turns (ours, other, ours, ...); torch {torch.__version__} on {machine['device']}, "
-          f"{machine['threads']} threads")
+    print(f"medians of calls in turns (ours, other, other, ours, ...); torch {torch.__version__} on "
+          f"{machine['device']}, {machine['threads']} threads")
     if device.type == "cpu" and dtype == torch.float32:
         print("this CPU has no bfloat16 instructions: the float32 rows count")
 
