@@ -2151,6 +2151,16 @@ def test_peak_memory_counts_what_is_alive_and_views_of_nothing_new():
     assert (memory.now, memory.peak) == (0, 12_000)
 
 
+def test_speed_is_measured_there_and_back(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(evaluate, "time", type("time", (), {"perf_counter": lambda: clock[0]}))
+
+    def work(name, seconds):
+        return lambda: (calls.append(name), clock.append(clock.pop() + seconds))
+    found = evaluate.medians(torch.device("cpu"), work("a", 1.0), work("b", 2.0), work("c", 40.0))
+    assert found == [1.0, 2.0, 40.0] and "".join(calls) == "abc" + "cbaabc" * 2            # five rounds at least
+
+
 def test_the_speed_table_is_printed_and_written_and_leaves_everything_in_place(monkeypatch, capsys, tmp_path):
     small = {"side": 2, "width": 32, "layers": 1}
     monkeypatch.setattr(evaluate, "SECONDS", 0)
