@@ -21,7 +21,7 @@ writes   out/judge.pt, out/results.json, out/results.png (main figures as bars),
          drawn in each order, with the orders)
 run      python evaluate.py                                           all models in out/, 500 images each
          python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
-         python evaluate.py --speed                                   speed and memory, 4 minutes; writes out/speed.json
+         python evaluate.py --speed                                   speed and memory, 5 minutes; writes out/speed.json
 you see  the table, and below it whether the judge can be trusted
 not here training the models (anyorder.py, finetune.py); what people think of the images
 """
@@ -824,7 +824,7 @@ def memory_use(device, dtype):
 
 
 def speed_table(device, out):
-    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 4 minutes."""
+    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 5 minutes."""
     dtype, model = anyorder.precision(device), dict(MODELS["cuda" if device.type == "cuda" else "cpu"])
     batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
     dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)
