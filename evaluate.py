@@ -504,14 +504,13 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     if leaks:                                          # such an order looks at the content: its sum is no likelihood
         nats = nats * math.nan
     precision, recall = precision_recall(held["features"], found)
-    drawn, labels = moments(found), held["labels"]
+    drawn, labels, lower = moments(found), held["labels"], far[:, HALVES.index("bottom")]
     before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
     figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
                "bits": nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
                "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
                "precision": precision, "recall": recall, "lpips": far.mean().item(),
-               "lpips_lower": far[:, HALVES.index("bottom")].mean().item(),
-               "lpips_lower_error": far[:, HALVES.index("bottom")].std().item() / math.sqrt(len(far)),
+               "lpips_lower": lower.mean().item(), "lpips_lower_error": lower.std().item() / math.sqrt(len(lower)),
                "class_seen": sum(seen) / n if judge.config["task"] == "captions" else None,
                "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
@@ -593,16 +592,16 @@ def medians(device, *functions):
     """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them,
     there and back (1 2 3 3 2 1 ...), so that none always finds the caches as the same other has left them; the first
     round only warms up."""
-    rounds, began, wait = [], time.perf_counter(), getattr(torch, device.type).synchronize
-    while len(rounds) < 5 or time.perf_counter() - began < SECONDS:
-        rounds.append([])
-        for function in functions[::(-1) ** (len(rounds) + 1)]:
+    times, began, wait = [[] for _ in functions], time.perf_counter(), getattr(torch, device.type).synchronize
+    turns = list(zip(functions, times))
+    while len(times[0]) < 5 or time.perf_counter() - began < SECONDS:
+        for function, own in turns:
             start = time.perf_counter()
             function()
             wait()                                     # a GPU answers before it has finished
-            rounds[-1].append(time.perf_counter() - start)
-        rounds[-1] = rounds[-1][::(-1) ** (len(rounds) + 1)]
-    return [statistics.median(times) for times in zip(*rounds[1:])]
+            own.append(time.perf_counter() - start)
+        turns.reverse()
+    return [statistics.median(own[1:]) for own in times]
 
 
 def compared(work, ours, other=None, unit="", ratio=None, least=None, most=None):
