@@ -43,6 +43,7 @@ from data import (UserError, arguments, fingerprint, load, on_interrupt, open_da
 from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, load_tokens, make_tokens, seeded
 
 HEAD = 32           # channels per attention head
+FEW = 16            # so many cells are looked at in one masked product; more of them by candidate_attention
 CAPTION = 16        # at most so many words of a caption are read
 DROP = 0.1          # share of training captions replaced by none, so that classifier-free guidance works
 
@@ -330,16 +331,14 @@ class Drawing:
     """B images being drawn: the model with its key/value cache. The cached twin of `forward`.
 
         drawing = Drawing(model, words)     words [B, L] from model.read(captions)
-        logits = drawing.look(cells)        cells [B, C]: what would be drawn there? -> [B, C, V]
+        logits = drawing.look(cells)        free cells [B, C]: what would be drawn there? -> [B, C, V]
         drawing.place(choice, token)        of the cells just looked at, take numbers choice [B, n], draw token [B, n]
 
     The cache is allocated once. Looking at C cells repeats the *last input* C times: all copies share the cache, each
     attends to it and to itself, and only the keys and values of the chosen one are kept.
 
-    One cell is placed at a time, or several at once (n > 1). The next look then enters the others too, all of which see
-    each other: as inputs that lead from each to the one placed after it, or, with `sure` (all of the n or more cells
-    looked at will be placed, in this order), to one of these cells, so that a cell never costs more than one input.
-    Such a pass is not quite that of `forward`, where one cell follows another, but N / n passes suffice.
+    One cell is placed at a time, or several at once (n > 1), none of which knew the others. The next look enters them
+    as `forward` would, each leading to the one placed after it: n - 1 inputs more, and what it says is exact.
     """
 
     def __init__(self, model, words):
@@ -358,30 +357,31 @@ class Drawing:
         self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
 
-    def look(self, cells, sure=False):
+    def look(self, cells):
         n, start, C = self.drawn.shape[1], self.t, cells.shape[1]          # n cells were drawn last
-        following = cells if sure else torch.cat((self.cell[:, 1:], cells), 1)                 # [B, M]
+        following = torch.cat((self.cell[:, 1:], cells), 1)                # [B, M], M = n - 1 + C
         M = following.shape[1]
         origin = torch.arange(M, device=cells.device).clamp_max(n - 1)     # the last of them is repeated
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
-        offers, mask = M > n and not sure, None
-        end = start + (n if offers else M)             # what is no offer enters, and is seen by all that enter
-        if M > n and sure:                             # but of the repeated inputs, all one cell, only the first is
-            mask = x.new_zeros(M, end)
-            mask[:n, start + n:] = mask[n:, start + n - 1:] = -math.inf
+        few, mask = C <= FEW, None
+        end = start + (M if few else n)                # in the cache the first offer follows the n - 1 others
+        if M > 1:
+            mask = x.new_full((M if few else n - 1, end), -math.inf).triu_(start + 1)      # each sees what is before,
+            mask[n:, start + n - 1:] = -math.inf                                           # but an offer no other offer
             mask.diagonal(start).zero_()
         self.cells, self.offered = cells, []
         for i, block in enumerate(self.model.blocks):
             q, k, v = block.split(x)                                       # [B, heads, M, d]
             self.k[i, :, :, start:end], self.v[i, :, :, start:end] = k[:, :, :end - start], v[:, :, :end - start]
-            old_k, old_v = self.k[i, :, :, :end], self.v[i, :, :, :end]
-            if offers:
+            if C > 1:
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
+            old_k, old_v = self.k[i, :, :, :end], self.v[i, :, :, :end]
+            if few:
+                y = cached_attention(q, old_k, old_v, mask)
+            else:
                 y = candidate_attention(*(z[:, :, n - 1:] for z in (q, k, v)), old_k[:, :, :-1], old_v[:, :, :-1])
                 if n > 1:
-                    y = torch.cat((cached_attention(q[:, :, :n - 1], old_k, old_v), y), 2)
-            else:
-                y = cached_attention(q, old_k, old_v, mask)
+                    y = torch.cat((cached_attention(q[:, :, :n - 1], old_k, old_v, mask), y), 2)
             x = block.merge(x, y)
         self.after = self.model.norm(x[:, -C:])                            # [B, C, D]
         return self.model.head(self.after)
@@ -389,8 +389,10 @@ class Drawing:
     def place(self, choice, token):
         row = torch.arange(len(choice), device=choice.device)
         self.t += self.drawn.shape[1]
-        for i, (k, v) in enumerate(self.offered):                          # the offer that was taken stays
-            self.k[i, :, :, self.t - 1], self.v[i, :, :, self.t - 1] = k[row, :, choice[:, 0]], v[row, :, choice[:, 0]]
+        if self.offered and choice[:, 0].any():        # the cache holds the first offer: replaced by what was taken
+            for i, (k, v) in enumerate(self.offered):
+                self.k[i, :, :, self.t - 1] = k[row, :, choice[:, 0]]
+                self.v[i, :, :, self.t - 1] = v[row, :, choice[:, 0]]
         self.before = self.after[row, choice[:, -1]][:, None]
         self.cell = self.cells.gather(1, choice)                           # [B, n]
         self.drawn = self.model.embed_drawn(token, self.cell)              # [B, n, D]

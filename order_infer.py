@@ -82,11 +82,13 @@ def step_lengths(model):
                       torch.zeros(1, rows * cols)))
 
 
-def adjacent_cells(model):
-    """[N, N] bool: cells that share an edge; none is adjacent to itself."""
+def crowding(model):
+    """[N, N] float32: what a cell that is drawn takes from the value of another in the same step. inf from itself, so
+    much from cells which share an edge with it that all others come before them, nothing from these."""
     rows, cols = model.config["rows"], model.config["cols"]
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
-    return (place[:, None] - place).abs().sum(-1) == 1
+    away = (place[:, None] - place).abs().sum(-1)                          # [N, N] steps along the grid
+    return (1e4 * (away == 1)).masked_fill(away == 0, math.inf)
 
 
 def without(cells, choice):

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
 from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run,
                   save_picture, sheet, to_float, to_uint8)
-from order_infer import adjacent_cells, colour_map, infer_orders, location_scores, order_maps, step_lengths, without
+from order_infer import colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths, without
 from tokenizer import load_tokenizer, seeded
 
 ORDERS = ("raster", "random", "inferred", "class", "learned", "sampled")
@@ -74,14 +74,13 @@ def steps_of(cells, parallel):
     return sorted(b - a for a, b in zip(after, after[1:]))
 
 
-def best_apart(value, cells, n, near):
+def best_apart(value, cells, n, crowd):
     """The n best of cells [B, C] by value [B, C], no two of them adjacent, as long as there are such: numbers [B, n].
-    Cells that share an edge must not be drawn at once: neither would know the other. near [N, N]: adjacent_cells."""
-    value, choice = value.float().clone(), [value.argmax(1, keepdim=True)]
+    Cells that share an edge must not be drawn at once: neither would know the other. crowd [N, N]: order_infer.crowding
+    """
+    value, choice = value.float(), [value.argmax(1, keepdim=True)]
     while len(choice) < n:
-        last = cells.gather(1, choice[-1])                                 # [B, 1]
-        value -= 1e4 * near[last, cells]                                   # below all others, but still to be had
-        value.scatter_(1, choice[-1], -math.inf)
+        value = value - crowd[cells.gather(1, choice[-1]), cells]          # [B, C]
         choice.append(value.argmax(1, keepdim=True))
     return torch.cat(choice, 1)
 
@@ -114,6 +113,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
         if order == "inferred" and score != "likelihood":
             policy = policy or model                                       # so that only the told half tries every cell
     drawing, copies = Drawing(model, words), len(words) // B
+    every = lambda x: x.expand(copies, *x.shape).flatten(0, 1)             # [B, n] for both halves: [2 B, n]
     chooser = Drawing(policy, policy.read(captions)) if policy is not None else None
     fixed, order = (order, "given") if isinstance(order, torch.Tensor) else (None, order)      # the visit list, if any
     if order not in (*ORDERS, "given"):
@@ -131,7 +131,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     if order != "raster" or not only_raster:
         cells = cells.gather(1, (~keep)[cells].int().argsort(dim=1, stable=True))          # kept ones first
         head = int(keep.sum())                                             # so many steps draw nothing new
-    lengths, near = step_lengths(model).to(device), adjacent_cells(model).to(device)
+    lengths, crowd = step_lengths(model).to(device), crowding(model).to(device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
     visited, k = [], 0
     for n in [1] * head + steps_of(N - head, parallel):
@@ -145,7 +145,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             if chooser is not None:
                 tried = chooser.look(pool)
             else:
-                tried = logits = drawing.look(pool.repeat(copies, 1))
+                tried = logits = drawing.look(every(pool))
             if score == "likelihood":                                      # draw everywhere, keep the likeliest
                 p = filtered(guided(tried, B, strength).flatten(0, 1), temperature, top_k, top_p)
                 content = one_of(p, generator).view(pool.shape)
@@ -158,11 +158,11 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             watch += [(pool.cpu(), value.float().cpu())] * n
         if order == "sampled":                                             # Gumbel noise makes the best one a fair draw
             value = value - torch.empty(value.shape, device=device).exponential_(generator=generator).log()
-        choice = best_apart(value, pool, n, near)                          # [B, n]
+        choice = best_apart(value, pool, n, crowd)                         # [B, n]
         cell, at = pool.gather(1, choice), choice                          # [B, n]
         if logits is None:                                                 # the locations are known: look there only
-            logits, at = drawing.look(cell.repeat(copies, 1), True), torch.arange(n, device=device).expand(B, n)
-        at = at.repeat(copies, 1)
+            logits, at = drawing.look(every(cell)), torch.arange(n, device=device).expand(B, n)
+        at = every(at)
         if k < head:
             token = tokens.gather(1, cell)
         elif content is not None:
@@ -173,7 +173,7 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
             token = one_of(p, generator).view(B, n)
         token = torch.where(keep[cell], tokens.gather(1, cell), token)
         tokens.scatter_(1, cell, token)
-        drawing.place(at, token.repeat(copies, 1))
+        drawing.place(at, every(token))
         if chooser is not None:
             chooser.place(choice, token)
         visited.append(cell)

@@ -232,65 +232,33 @@ def test_the_cached_path_equals_the_full_forward_pass():
         drawing = Drawing(model, model.read(captions))
         for k in range(9):
             torch.testing.assert_close(drawing.next_location(), where[:, k], rtol=1e-4, atol=1e-4)
-            cells = torch.stack((order[:, 8], order[:, k]), 1)             # another offer must not disturb
-            torch.testing.assert_close(drawing.look(cells)[:, 1], what[:, k], rtol=1e-4, atol=1e-4)
-            drawing.place(torch.ones(5, 1, dtype=torch.long), tokens.gather(1, order[:, k:k + 1]))
+            cells = order[:, [8, k][k == 8:]]                              # another offer must not disturb
+            torch.testing.assert_close(drawing.look(cells)[:, -1], what[:, k], rtol=1e-4, atol=1e-4)
+            drawing.place(torch.full((5, 1), len(cells[0]) - 1), tokens.gather(1, order[:, k:k + 1]))
 
 
-def masked_logits(model, x, seen):
-    """The model's layers with attention as its definition: x [B, T, D], seen [T, T] bool says who sees whom."""
-    for block in model.blocks:
-        q, k, v = block.split(x)
-        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
-        x = block.merge(x, scores.softmax(-1) @ v)
-    return model.head(model.norm(x))
-
-
-@pytest.mark.parametrize("sure, choices", [(True, [0, 1, 2, 3])] + [
-    (False, choices) for choices in ([0], [1], [3], [1, 3], [0, 2], [2, 3])])
-def test_drawing_several_cells_in_a_step_equals_its_definition(sure, choices):
-    """Three cells are given in steps of one and two, then four are looked at, some are placed, and one more than these
-    looked at. Everything is computed again with one mask: who enters the cache sees all that entered with it or before;
-    an offer of the last cell sees all of these but the cell's own entry, and itself."""
-    model, n = tiny(rows=3, cols=4, codebook=5), len(choices)
-    order, words = random_order(4, 12, torch.Generator().manual_seed(3)), model.read(["sun", "", "sun", "sea"])
+@pytest.mark.parametrize("few", (0, 3, 16))
+def test_after_steps_of_several_cells_the_cached_path_still_equals_the_full_forward_pass(few, monkeypatch):
+    """Twelve cells are placed in steps of 1, 2, 4, 1, 3 and 1. In each, all free cells are looked at, whichever way
+    `look` takes, and none at the first place is taken before the last step. What is said of each is what `forward`
+    says of an order that begins with the placed ones and goes on with this."""
+    monkeypatch.setattr(anyorder, "FEW", few)
+    model, captions, k = tiny(rows=3, cols=4, codebook=5), ["sun", "", "sun", "sea"], 0
+    order = random_order(4, 12, torch.Generator().manual_seed(3))
     tokens = torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(4))
-    choice, content = torch.tensor(choices).expand(4, -1), tokens.gather(1, order)
     with torch.inference_mode():
-        drawing, found = Drawing(model, words), []
-        for k, m in ((0, 1), (1, 2)):
-            drawing.look(order[:, k:k + m], sure=True)
-            drawing.place(torch.arange(m).expand(4, m), content[:, k:k + m])
-        found.append(drawing.look(order[:, 3:7], sure))
-        placed = order[:, 3:7].gather(1, choice)
-        drawing.place(choice, tokens.gather(1, placed))
-        found.append(drawing.look(order[:, 7:8 + n], sure=True))
-
-        def lead(cell, following):                     # the input that has drawn `cell` and goes on to another
-            token = tokens.gather(1, cell.clamp_max(11)).where(cell < 12, torch.tensor(5))
-            return model.embed_drawn(token, cell) + model.embed_next(cell, following)
-        cell, first = lambda k: order[:, k:k + 1], 4 if sure else 3
-        nowhere = torch.full((4, 1), 12)
-        taken = 1 if sure else choices[0]              # sure: cell 1 leads to the first of the four, cell 2 to the rest
-        entered = [model.embed_words(words), lead(nowhere, cell(0)), lead(cell(0), cell(1)),
-                   lead(cell(1), cell(3 if sure else 2)), lead(cell(2), cell(3 + taken))]
-        offers = [lead(cell(2), cell(k)) for k in range(first, 7)]
-        x = torch.cat(entered[:-1] + offers, 1)        # 2 words, 3 entered before, 3 or 4 offers
-        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        seen[4, 5] = True                              # cell 1 sees the entry of cell 2, on its way to the first offer
-        seen[5:, 5:] = torch.eye(len(offers), dtype=torch.bool)
-        torch.testing.assert_close(found[0], masked_logits(model, x, seen)[:, -4:], rtol=1e-4, atol=1e-4)
-        entry = model.blocks[0].split(entered[-1])     # the offer that was taken has entered
-        torch.testing.assert_close(drawing.k[0, :, :, 5:6], entry[1])
-        torch.testing.assert_close(drawing.v[0, :, :, 5:6], entry[2])
-        if 3 + taken > first:                          # (cell 1 saw the first offer, which is not the entry now)
-            return
-        ends = [lead(placed[:, min(i, n - 1), None], cell(7 + i)) for i in range(n + 1)]
-        seen = torch.ones(7 + n, 7 + n, dtype=torch.bool).tril()
-        seen[4, 5] = seen[6:6 + n, 6:6 + n] = True     # n entries, and an offer of the last
-        seen[6 + n, 5 + n] = False
-        x = torch.cat(entered + ends, 1)
-        torch.testing.assert_close(found[1], masked_logits(model, x, seen)[:, 6:], rtol=1e-4, atol=1e-4)
+        drawing = Drawing(model, model.read(captions))
+        for n in (1, 2, 4, 1, 3, 1):
+            free = order[:, k:].roll(1, 1)
+            logits = drawing.look(free)
+            for c in range(12 - k):
+                onwards = torch.cat((order[:, :k], free.roll(-c, 1)), 1)
+                what, _ = model(tokens, model.read(captions), onwards)
+                torch.testing.assert_close(logits[:, c], what[:, k], rtol=1e-4, atol=1e-4)
+            choice = (torch.arange(n) + 1).remainder(12 - k).expand(4, n)
+            drawing.place(choice, tokens.gather(1, free.gather(1, choice)))
+            k += n
+            assert drawing.cell.tolist() == order[:, k - n:k].tolist()
 
 
 def test_one_of_follows_the_probabilities_and_never_takes_an_impossible_one():
@@ -680,12 +648,12 @@ def test_cells_of_one_step_share_no_edge_while_there_are_others():
     #  cells of a 3x3 grid with the scores    9 8 1      9 first; 8 and 7 are adjacent to it; then 6, 5, 4 and 1 (the
     #                                         7 6 2      middle and all corners); then the best of the rest, 8
     #                                         5 0 4
-    near = order_infer.adjacent_cells(tiny(rows=3, cols=3))
-    assert near[4].nonzero()[:, 0].tolist() == [1, 3, 5, 7] and near[0].nonzero()[:, 0].tolist() == [1, 3]
+    crowd = order_infer.crowding(tiny(rows=3, cols=3))
+    assert crowd[4].nonzero()[:, 0].tolist() == [1, 3, 4, 5, 7] and crowd[0].nonzero()[:, 0].tolist() == [0, 1, 3]
     value, cells = torch.tensor([[9., 8, 1, 7, 6, 2, 5, 0, 4]]), torch.arange(9)[None]
-    assert sample.best_apart(value, cells, 6, near).tolist() == [[0, 4, 6, 8, 2, 1]]
-    assert sorted(sample.best_apart(value, cells, 9, near)[0].tolist()) == list(range(9))
-    assert sample.best_apart(value, cells, 1, near).tolist() == [[0]]
+    assert sample.best_apart(value, cells, 6, crowd).tolist() == [[0, 4, 6, 8, 2, 1]]
+    assert sorted(sample.best_apart(value, cells, 9, crowd)[0].tolist()) == list(range(9))
+    assert sample.best_apart(value, cells, 1, crowd).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("order", ("learned", "inferred", "class"))
