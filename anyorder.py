@@ -98,7 +98,7 @@ def blocks(n, T, like):
 
     Short blocks compute less of the future, long ones make better products: bfloat16 has the faster ones.
     """
-    rows = math.ceil(T / max(1, round(T / min(128, 16 * math.isqrt(T) / like.element_size()))))
+    rows = math.ceil(T / max(1, round(T / min(256, 16 * math.isqrt(T) / like.element_size()))))
     some = max(1, BLOCK // (rows * T * like.element_size()))
     future = like.new_full((rows, T + rows), -math.inf).triu_(T + 1)       # the triangle begins at column T
     for i in range(0, n, some):
