@@ -76,8 +76,7 @@ def steps_of(cells, parallel):
 
 def best_apart(value, cells, n, crowd):
     """The n best of cells [B, C] by value [B, C], no two of them adjacent, as long as there are such: numbers [B, n].
-    Cells that share an edge must not be drawn at once: neither would know the other. crowd [N, N]: order_infer.crowding
-    """
+    Cells that share an edge must not be drawn at once: neither would know the other. crowd [N, N]: see crowding."""
     value, choice = value.float(), [value.argmax(1, keepdim=True)]
     while len(choice) < n:
         value = value - crowd[cells.gather(1, choice[-1]), cells]          # [B, C]

@@ -237,11 +237,12 @@ def test_the_cached_path_equals_the_full_forward_pass():
             drawing.place(torch.full((5, 1), len(cells[0]) - 1), tokens.gather(1, order[:, k:k + 1]))
 
 
+@pytest.mark.parametrize("turns", ([1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 2, 0]))
 @pytest.mark.parametrize("few", (0, 3, 16))
-def test_after_steps_of_several_cells_the_cached_path_still_equals_the_full_forward_pass(few, monkeypatch):
+def test_after_steps_of_several_cells_the_cached_path_still_equals_the_full_forward_pass(few, turns, monkeypatch):
     """Twelve cells are placed in steps of 1, 2, 4, 1, 3 and 1. In each, all free cells are looked at, whichever way
-    `look` takes, and none at the first place is taken before the last step. What is said of each is what `forward`
-    says of an order that begins with the placed ones and goes on with this."""
+    `look` takes; the first to be taken is looked at second by all images, first by all, or here or there. What is said
+    of each is what `forward` says of an order that begins with the placed ones and goes on with this."""
     monkeypatch.setattr(anyorder, "FEW", few)
     model, captions, k = tiny(rows=3, cols=4, codebook=5), ["sun", "", "sun", "sea"], 0
     order = random_order(4, 12, torch.Generator().manual_seed(3))
@@ -249,13 +250,13 @@ def test_after_steps_of_several_cells_the_cached_path_still_equals_the_full_forw
     with torch.inference_mode():
         drawing = Drawing(model, model.read(captions))
         for n in (1, 2, 4, 1, 3, 1):
-            free = order[:, k:].roll(1, 1)
+            free = torch.stack([row.roll(turn) for row, turn in zip(order[:, k:], turns)])
             logits = drawing.look(free)
             for c in range(12 - k):
                 onwards = torch.cat((order[:, :k], free.roll(-c, 1)), 1)
                 what, _ = model(tokens, model.read(captions), onwards)
                 torch.testing.assert_close(logits[:, c], what[:, k], rtol=1e-4, atol=1e-4)
-            choice = (torch.arange(n) + 1).remainder(12 - k).expand(4, n)
+            choice = (torch.arange(n) + torch.tensor(turns)[:, None]).remainder(12 - k)
             drawing.place(choice, tokens.gather(1, free.gather(1, choice)))
             k += n
             assert drawing.cell.tolist() == order[:, k - n:k].tolist()
