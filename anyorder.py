@@ -112,6 +112,23 @@ def products(a, b, scale):
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def part(x, some, start, end):
+    """x[some, start:end], in one piece for bfloat16: its products would copy what has gaps, each of them again."""
+    x = x[some, start:end]
+    return x.contiguous() if x.dtype == torch.bfloat16 else x
+
+
+def put(out, a, b, scale=1, add=False):
+    """out [n, i, k] becomes scale * a @ b, or that is added to it. In place, but not for float32 where out has gaps:
+    there the library goes matrix by matrix."""
+    if out.is_contiguous() or out.dtype != torch.float32:
+        out.baddbmm_(a, b, beta=float(add), alpha=scale)
+    elif add:
+        out += products(a, b, scale)
+    else:
+        out.copy_(products(a, b, scale))
+
+
 def block_probs(q, k, future):
     """softmax(q k^T / sqrt(d) + future): q [n, rows, d], k [n, end, d] -> [n, rows, end]."""
     p = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
@@ -123,7 +140,7 @@ class FusedAttention(torch.autograd.Function):
 
         dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(P * dP))    dQ = dS K / sqrt(d)    dK = dS^T Q / sqrt(d)
 
-    Short sequences keep P for the backward pass. Long ones (T > 4 d) compute it again, block by block, so that never
+    Short sequences keep P for the backward pass. Long ones (T > 16 d) compute it again, block by block, so that never
     more than one block of it exists: the memory grows with T, not with T^2.
     """
 
@@ -133,9 +150,9 @@ class FusedAttention(torch.autograd.Function):
         q, k, v = (x.reshape(B * heads, T, d) for x in (q, k, v))
         out, kept = torch.empty_like(q), []
         for some, start, end, future in blocks(B * heads, T, q):
-            p = block_probs(q[some, start:end], k[some, :end], future)
-            out[some, start:end] = torch.bmm(p, v[some, :end])
-            if T <= 4 * d:
+            p = block_probs(part(q, some, start, end), part(k, some, 0, end), future)
+            put(out[some, start:end], p, part(v, some, 0, end))
+            if T <= 16 * d:
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         return out.view(B, heads, T, d)
@@ -147,17 +164,15 @@ class FusedAttention(torch.autograd.Function):
         (B, heads, T, d), scale, kept = grad.shape, grad.shape[-1] ** -0.5, iter(kept)
         dq, dk, dv, grad = (*(torch.empty_like(q) for _ in range(3)), grad.reshape(B * heads, T, d))
         for some, start, end, future in blocks(B * heads, T, q):
-            rows, keys, g = q[some, start:end], k[some, :end], grad[some, start:end]
-            p = next(kept) if T <= 4 * d else block_probs(rows, keys, future)
-            dp = torch.bmm(g, v[some, :end].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[some, start:end] = products(ds, keys, scale)
-            dvt, dkt = torch.bmm(p.transpose(1, 2), g), products(ds.transpose(1, 2), rows, scale)
-            if end == T:                               # the last rows come first, and see all keys
-                dv[some], dk[some] = dvt, dkt
-            else:
-                dv[some, :end] += dvt
-                dk[some, :end] += dkt
+            rows, g = (part(x, some, start, end) for x in (q, grad))
+            keys, values = (part(x, some, 0, end) for x in (k, v))
+            p = next(kept) if T <= 16 * d else block_probs(rows, keys, future)
+            dp = torch.bmm(g, values.transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)           # in dp's place
+            more = end < T                             # the last rows come first, and see all keys
+            put(dq[some, start:end], ds, keys, scale)
+            put(dv[some, :end], p.transpose(1, 2), g, add=more)
+            put(dk[some, :end], ds.transpose(1, 2), rows, scale, more)
         return tuple(x.view(B, heads, T, d) for x in (dq, dk, dv))
 
 
@@ -365,7 +380,7 @@ class Drawing:
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
         few, mask = C <= FEW, None
         end = start + (M if few else n)                # in the cache the first offer follows the n - 1 others
-        if M > 1:
+        if n > 1 or few and C > 1:
             mask = x.new_full((M if few else n - 1, end), -math.inf).triu_(start + 1)      # each sees what is before,
             mask[n:, start + n - 1:] = -math.inf                                           # but an offer no other offer
             mask.diagonal(start).zero_()
