@@ -161,12 +161,12 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
-        (B, heads, T, d), scale, kept = grad.shape, grad.shape[-1] ** -0.5, iter(kept)
+        (B, heads, T, d), scale = grad.shape, grad.shape[-1] ** -0.5
         dq, dk, dv, grad = (*(torch.empty_like(q) for _ in range(3)), grad.reshape(B * heads, T, d))
         for some, start, end, future in blocks(B * heads, T, q):
             rows, g = (part(x, some, start, end) for x in (q, grad))
             keys, values = (part(x, some, 0, end) for x in (k, v))
-            p = next(kept) if T <= 16 * d else block_probs(rows, keys, future)
+            p = kept.pop(0) if kept else block_probs(rows, keys, future)
             dp = torch.bmm(g, values.transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)           # in dp's place
             more = end < T                             # the last rows come first, and see all keys

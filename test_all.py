@@ -906,9 +906,8 @@ def qkv(B=2, heads=3, T=9, d=4, dtype=torch.float64, seed=0, grad=False):
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)))
 def test_fused_attention_equals_the_reference(T, d, dtype, tolerance):
     """Up to 16 d keys the probabilities are kept, above they are computed again; of one block and of several."""
-    ours = qkv(T=T, d=d, dtype=dtype)
-    truth = [x.double().detach().requires_grad_() for x in ours]
-    ours = [x.detach().requires_grad_() for x in ours]
+    ours = qkv(T=T, d=d, dtype=dtype, grad=True)
+    truth = [x.detach().double().requires_grad_() for x in ours]
     a, b = anyorder.fused_attention(*ours), anyorder.reference_attention(*truth)
     assert a.dtype == dtype and a.shape == b.shape
     weight = torch.randn(b.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
