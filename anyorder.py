@@ -17,7 +17,7 @@ grid and as seen from the last one (the paper's double position):
 
 reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
-run      python anyorder.py                        built-in sunsets: tokenizer 3 minutes, training 2 to 5, on two cores
+run      python anyorder.py                        built-in sunsets: tokenizer 1 to 3 minutes, training 2 to 5, two cores
          python anyorder.py --data path/to/images  your own; folders and IDX files (see data.py)
 you see  samples in random order on out/anyorder.png: sun, sky and sea are there, some details do not fit yet
 not here choosing an order (order_infer.py), learning from it (finetune.py), guidance and completion (sample.py)
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import (UserError, arguments, fingerprint, load, on_interrupt, open_data, pick_device, restore, run, save,
                   save_picture, sheet, words_of)
-from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, load_tokens, make_tokens, seeded
+from tokenizer import SAVE_EVERY, Muon, batch_of, load_tokenizer, load_tokens, make_tokens, precision, seeded
 
 HEAD = 32           # channels per attention head
 FEW = 16            # so many cells are looked at in one masked product; more of them by candidate_attention
@@ -444,49 +444,6 @@ def draw(model, captions, order, generator=None):
 # What every training run needs
 
 
-def orthogonal(g):
-    """U V^T of each matrix of g [n, i, j] = U S V^T, nearly: all singular values that are not tiny come to lie between
-    0.65 and 1.2. Five times x <- a x + (b x x^T + c (x x^T)^2) x, which sends each of them, s, to a s + b s^3 + c s^5.
-    """
-    x = g if g.shape[1] <= g.shape[2] else g.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x if g.shape[1] <= g.shape[2] else x.mT
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan et al. 2024, scaled as in arXiv 2502.16982): where a gradient has a few large
-    directions and many small ones, all of which matter, the step is as long in each.
-
-        m <- 0.95 m + 0.05 grad        w <- (1 - 0.05 lr) w - 0.2 sqrt(max(i, j)) lr orthogonal(0.95 m + 0.05 grad)
-
-    For matrices w [i, j]; those of one shape go together, in `dtype`. The library's own, torch.optim.Muon, is always in
-    bfloat16, which many CPUs emulate.
-    """
-
-    def __init__(self, matrices, lr, dtype):
-        super().__init__(matrices, {"lr": lr})
-        self.dtype = dtype
-        for w in matrices:
-            self.state[w]["momentum"] = torch.zeros_like(w)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, alike = group["lr"], {}
-            for w in group["params"]:
-                alike.setdefault(w.shape, []).append(w)
-            for shape, some in alike.items():
-                grads = [w.grad for w in some]
-                past = [self.state[w]["momentum"] for w in some]
-                torch._foreach_lerp_(past, grads, 0.05)
-                ahead = torch.stack(torch._foreach_lerp(past, grads, 0.05)).to(self.dtype)         # [n, i, j]
-                torch._foreach_mul_(some, 1 - 0.05 * lr)
-                torch._foreach_add_(some, orthogonal(ahead).float().unbind(), alpha=-0.2 * max(shape) ** 0.5 * lr)
-
-
 def optimizers(model, lr, dtype):
     """Muon for the matrices of the blocks, AdamW for embeddings, norms and heads."""
     parts = [], []
@@ -534,21 +491,6 @@ def in_turn(parts):
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, parts)
     return [part for turn in itertools.zip_longest(*every) for part in turn if part is not None]
-
-
-def precision(device):
-    """The number type for the big products: bfloat16 where a probe of a few milliseconds finds it faster, else float32.
-    (A CPU without bfloat16 instructions emulates them, 100 times slower; a GPU of the last years has them.)"""
-    if device.type == "mps":
-        return torch.float32
-    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
-    for _ in range(8):                                 # in turns, and the best counts: others may use the machine
-        for dtype in best:
-            a = torch.ones(256, 256, device=device, dtype=dtype)
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return torch.bfloat16 if best[torch.bfloat16] < best[torch.float32] else torch.float32
 
 
 def open_tokens(out, data=None):

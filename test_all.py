@@ -56,12 +56,12 @@ torch.set_num_threads(2)
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)    # no settings file registers the mark
 
 
-PROBED = functools.cache(anyorder.precision)
+PROBED = functools.cache(tokenizer.precision)
 
 
 def compute_in(monkeypatch, probe):
     """All stages of this process take their number type from `probe`."""
-    for module in (anyorder, order_infer, finetune):
+    for module in (tokenizer, anyorder, order_infer, finetune):
         monkeypatch.setattr(module, "precision", probe)
 
 
@@ -323,7 +323,7 @@ def test_orthogonal_keeps_the_directions_and_evens_out_their_lengths(shape, kind
     left, _, right = torch.linalg.svd(torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)),
                                       full_matrices=False)
     g = left * torch.logspace(-4, -2, 8) @ right                           # the longest is a hundred times the shortest
-    found = left.mT @ anyorder.orthogonal(g.to(kind)).float() @ right.mT   # [5, 8, 8]: diagonal, if the directions stay
+    found = left.mT @ tokenizer.orthogonal(g.to(kind)).float() @ right.mT  # [5, 8, 8]: diagonal, if directions stay
     lengths = found.diagonal(dim1=1, dim2=2)
     assert 0.65 < lengths.min() and lengths.max() < 1.3
     assert (found - lengths.diag_embed()).abs().max() < (1e-3 if kind == torch.float32 else 0.1)
@@ -331,18 +331,29 @@ def test_orthogonal_keeps_the_directions_and_evens_out_their_lengths(shape, kind
 
 def test_muon_is_its_definition_and_matrices_of_one_shape_do_not_mix():
     random = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=random) for shape in ((8, 16), (24, 8), (8, 16))]
+    shapes = (8, 16), (24, 8), (8, 16), (6, 2, 3, 3), (6, 2, 3, 3)
+    weights = [torch.randn(shape, generator=random) for shape in shapes]
+    weights[3] = weights[3].contiguous(memory_format=torch.channels_last)      # as the tokenizer has its convolutions
     expected, momenta = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
-    optimizer = anyorder.Muon(weights, 0.1, torch.float32)
+    optimizer = tokenizer.Muon(weights, 0.1, torch.float32)
     for _ in range(3):
         for i, w in enumerate(weights):
             w.grad = torch.randn(w.shape, generator=random)
             momenta[i] = 0.95 * momenta[i] + 0.05 * w.grad
-            step = anyorder.orthogonal((0.95 * momenta[i] + 0.05 * w.grad)[None])[0]
-            expected[i] = (1 - 0.05 * 0.1) * expected[i] - 0.2 * math.sqrt(max(w.shape)) * 0.1 * step
+            step = tokenizer.orthogonal((0.95 * momenta[i] + 0.05 * w.grad).flatten(1)[None])[0]       # [i, j]
+            expected[i] = ((1 - 0.05 * 0.1) * expected[i]
+                           - 0.2 * math.sqrt(max(step.shape)) * 0.1 * step.view(w.shape))
         optimizer.step()
     for w, wanted in zip(weights, expected):
         torch.testing.assert_close(w, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_each_weight_of_the_tokenizer_is_trained_by_one_optimizer_and_convolutions_of_blocks_by_muon():
+    model = small_tokenizer()
+    adamw, muon = ([id(w) for w in each.param_groups[0]["params"]] for each in tokenizer.optimizers(model))
+    assert sorted(adamw + muon) == sorted(id(w) for w in model.parameters())
+    names = {name for name, w in model.named_parameters() if id(w) in muon}
+    assert len(names) == 10 and all(re.search(r"conv[12]\.weight$", name) for name in names)
 
 
 def test_each_weight_is_trained_by_one_optimizer_and_matrices_of_blocks_by_muon():
@@ -1763,6 +1774,39 @@ def test_resumed_tokenizer_equals_uninterrupted(tmp_path, narrow, monkeypatch):
     assert not (tmp_path / "halves" / "tokenizer_resume.pt").exists()
 
 
+def test_tokenizer_goes_on_in_the_number_type_it_began_in_and_encodes_in_float32(tmp_path, narrow, monkeypatch):
+    """Begun in bfloat16 and continued where the probe says float32: what training in bfloat16 throughout gives. The
+    tokens are those of the model as it is read from its file, which computes in float32."""
+    arguments = dict(data=write_drawings(tmp_path / "drawings", 24), size=8, codebook=16, steps=9, batch=4)
+    monkeypatch.setattr(tokenizer, "precision", lambda device: torch.bfloat16)
+    make_tokens(out=tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "on_interrupt", lambda: StopAfter(6))
+        with pytest.raises(KeyboardInterrupt):
+            make_tokens(out=tmp_path / "halves", **arguments)
+    monkeypatch.setattr(tokenizer, "precision", lambda device: torch.float32)
+    make_tokens(out=tmp_path / "halves", resume=True, **arguments)
+    whole, halves = (load_tokenizer(tmp_path / run / "tokenizer.pt") for run in ("whole", "halves"))
+    assert whole.fingerprint == halves.fingerprint
+    images = open_data(arguments["data"], 8, "train")
+    tokens = whole.encode(to_float(torch.stack([images[i][0] for i in range(len(images))])))
+    assert torch.equal(load_tokens(tmp_path / "whole" / "tokens.pt")["tokens"][:len(images)].long(), tokens)
+    make_tokens(out=tmp_path / "float", **arguments)
+    assert load_tokenizer(tmp_path / "float" / "tokenizer.pt").fingerprint != whole.fingerprint
+
+
+def test_tokenizer_refuses_the_state_of_another_optimizer(tmp_path, narrow, monkeypatch):
+    arguments = dict(data=write_drawings(tmp_path / "drawings", 24), out=tmp_path / "out", size=8, codebook=16, steps=9)
+    monkeypatch.setattr(tokenizer, "on_interrupt", lambda: StopAfter(2))
+    with pytest.raises(KeyboardInterrupt):
+        make_tokens(**arguments)
+    state = torch.load(tmp_path / "out" / "tokenizer_resume.pt", weights_only=True)
+    del state["config"]["optimizer"], state["optimizers"]                  # as before there was Muon
+    data.save(tmp_path / "out" / "tokenizer_resume.pt", state)
+    with pytest.raises(UserError, match="optimizer None, now it is Muon"):
+        make_tokens(resume=True, **arguments)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--size", "30"], "--size 30 is not divisible by --downsample 4"),
     (["--downsample", "3"], "--downsample 3 is not a power of two"),
@@ -2910,9 +2954,9 @@ def test_models_and_orders_of_other_tokens_are_refused(chain, tmp_path, monkeypa
 def torchrun(program, *lines, every=0.1):
     """Two processes, each on one thread, that call the scripts of `lines` in turn: one start of Python for them all.
     torchrun looks `every` so many seconds whether both are alive, and ends one whose fellow is not."""
-    program = ("import importlib, json, os, signal, sys; import anyorder, torch\n"
-               "anyorder.precision = lambda device: torch.float32\n"              # before others import it
-               "import data, order_infer, sample\n" + program +
+    program = ("import importlib, json, os, signal, sys; import tokenizer, torch\n"
+               "tokenizer.precision = lambda device: torch.float32\n"             # before others import it
+               "import anyorder, data, order_infer, sample\n" + program +
                "\nfor script, *flags in json.loads(sys.argv[1]):\n"
                "    sys.argv = [script + '.py', *flags, '--device', 'cpu']\n"
                "    data.run(importlib.import_module(script).main)")
