@@ -17,7 +17,7 @@ grid and as seen from the last one (the paper's double position):
 
 reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
-run      python anyorder.py                        built-in sunsets: tokenizer 1 to 3 minutes, training 2 to 5, two cores
+run      python anyorder.py                        built-in sunsets: tokenizer 1 to 3, training 2 to 5 minutes, 2 cores
          python anyorder.py --data path/to/images  your own; folders and IDX files (see data.py)
 you see  samples in random order on out/anyorder.png: sun, sky and sea are there, some details do not fit yet
 not here choosing an order (order_infer.py), learning from it (finetune.py), guidance and completion (sample.py)
