@@ -42,11 +42,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from anyorder import (DROP, AnyOrder, interrupted, join, learning_rate, load_model, loss_curve, open_tokens,
-                      optimizers, precision, random_order, rank_of, raster_order, save_model)
+                      optimizers, random_order, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save
 from order_infer import (check_model, images_at_once, load_orders, location_loss, over_free, rank_correlation,
                          shared_orders)
-from tokenizer import SAVE_EVERY, batch_of, seeded
+from tokenizer import SAVE_EVERY, batch_of, precision, seeded
 
 
 ROUNDS = 4          # of --order inferred

@@ -36,11 +36,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokens, precision,
-                      rank_of)
+from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokens, rank_of)
 from data import (UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save, save_picture, sheet,
                   to_uint8)
-from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, seeded
+from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, precision, seeded
 
 HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
 
