@@ -6,6 +6,7 @@ Each (model, order) draws the same captions and scores the same held-out images;
                        the past alone. No judge and no noise, but it does not say whether the images look right
     Frechet            |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) between features of drawn and of held-out images
                        ("to recon": of held-out images as the tokenizer renders them, which takes its own loss out)
+                       (with --draws R: mean and standard deviation of R sets of drawn images)
     KID                the same question by an unbiased kernel estimate (Binkowski et al. 2018), times 1000
     precision, recall  share of drawn images that lie among held-out ones, and the reverse (Kynkaanniemi et al. 2019)
     class seen         how often the judge network names the caption that was asked for
@@ -66,9 +67,10 @@ SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"],
             "inferred": ["learned", "frozen", "inferred", "class"]}
 COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
            "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
-           "recon": ("to recon", ".3f"), "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"),
-           "recall": ("recall", ".3f"), "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f"),
-           "lpips_lower": ("lower half", ".4f"), "lpips_lower_error": ("+-", ".4f")}
+           "frechet_spread": ("+-", ".3f"), "recon": ("to recon", ".3f"), "recon_spread": ("+-", ".3f"),
+           "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
+           "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f"), "lpips_lower": ("lower half", ".4f"),
+           "lpips_lower_error": ("+-", ".4f")}
 MORE = {"step": ("step length", ".2f"), "touches": ("touches drawn", ".3f"), "sun_first": ("sun < cloud", ".3f"),
         "glitter_last": ("sun < glitter", ".3f"), "train_steps": ("training steps", ",d"),
         "tokens_seen": ("tokens seen", ",d"), "train_seconds": ("training s", ",.0f"),
@@ -438,17 +440,17 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
 
 
 @torch.inference_mode()
-def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, guidance, seed):
+def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, batch, guidance, seed):
     """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of
-    open_rows. Images are drawn in batches and only their features stay. Processes share the batches out; all
-    get the same result."""
+    open_rows. `draws` sets of n images are drawn, in batches, and only their features stay; distances are means over
+    the sets, with their standard deviation. Processes share the batches out; all get the same result."""
     name, model, order, parallel, policy = row
     device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
     process, world = join(device)
     how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
            "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
     m, captions = min(n, len(held["tokens"])), held["captions"]
-    bar = tqdm(total=(n + m + min(m, COMPLETED)) // world, desc=name, unit="image", disable=process > 0,
+    bar = tqdm(total=(draws * n + m + min(m, COMPLETED)) // world, desc=name, unit="image", disable=process > 0,
                dynamic_ncols=True)
 
     def my_batches(what, count):
@@ -461,8 +463,9 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
     evaluated, drawn = [], []
     hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
              for each in (model, policy) if each]
-    for i, chance in my_batches("draw", n):
-        asked, start = [captions[j % len(captions)] for j in range(i, min(i + batch, n))], time.perf_counter()
+    for i, chance in my_batches("draw", draws * n):
+        asked = [captions[j % len(captions)] for j in range(i, min(i + batch, draws * n))]
+        start = time.perf_counter()
         tokens, visited = generate(model, asked, guidance=guidance, generator=chance, **how)
         # rounded, as in a PNG; truncated would be darker
         images = to_uint8(tokenizer.decode(tokens)).cpu()
@@ -504,20 +507,25 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, batch, gui
                          how["order"] == "inferred" and how["score"] == "likelihood")
     if leaks:                                          # such an order looks at the content: its sum is no likelihood
         nats = nats * math.nan
-    precision, recall = precision_recall(held["features"], found)
-    drawn, labels, lower = moments(found), held["labels"], far[:, HALVES.index("bottom")]
+    labels, lower, sets = held["labels"], far[:, HALVES.index("bottom")], []
+    for part in found.split(n):
+        drawn = moments(part)
+        sets.append((frechet(drawn, held["moments"]), frechet(drawn, held["recon"]),
+                     1000 * kernel_distance(part, held["features"]), *precision_recall(held["features"], part)))
+    sets = torch.tensor(sets, dtype=torch.float64)                         # [draws, 5]
+    spread = sets.std(0).tolist() if draws > 1 else (None, None)
     before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
     figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
-               "bits": nats.mean().item() / math.log(2), "frechet": frechet(drawn, held["moments"]),
-               "recon": frechet(drawn, held["recon"]), "kid": 1000 * kernel_distance(found, held["features"]),
-               "precision": precision, "recall": recall, "lpips": far.mean().item(),
+               "bits": nats.mean().item() / math.log(2),
+               **dict(zip(("frechet", "recon", "kid", "precision", "recall"), sets.mean(0).tolist())),
+               "frechet_spread": spread[0], "recon_spread": spread[1], "lpips": far.mean().item(),
                "lpips_lower": lower.mean().item(), "lpips_lower_error": lower.std().item() / math.sqrt(len(lower)),
-               "class_seen": sum(seen) / n if judge.config["task"] == "captions" else None,
+               "class_seen": sum(seen) / (draws * n) if judge.config["task"] == "captions" else None,
                "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
                "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
-               "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / n,
-               "images_per_second": n * world / sum(seconds), "weights": fingerprint(model.state_dict())}
+               "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / (draws * n),
+               "images_per_second": draws * n * world / sum(seconds), "weights": fingerprint(model.state_dict())}
     return figures, nats, ranks, show[0]
 
 
@@ -860,6 +868,8 @@ def main():
                         help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS) + ", frozen; ORDER@S draws in S "
                              "steps; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
     parser.add_argument("--n", type=int, default=500, help="images that each row draws, and scores")
+    parser.add_argument("--draws", type=int, default=1,
+                        help="sets of N images that each row draws: more than one tell how far chance moves a distance")
     parser.add_argument("--batch", type=int, default=100, help="images at once")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
     parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: FID instead of the judge's distance")
@@ -872,9 +882,9 @@ def main():
     if args.speed:
         return None if process else speed_table(device, out)
     least = NEIGHBOURS + 1
-    if args.n < least or args.batch < 1 or not 0 <= args.guidance <= 100:
-        raise UserError(f"--n {args.n} --batch {args.batch} --guidance {args.guidance}: n at least {least}, "
-                        "batch at least 1, guidance in 0..100")
+    if args.n < least or args.draws < 1 or args.batch < 1 or not 0 <= args.guidance <= 100:
+        raise UserError(f"--n {args.n} --draws {args.draws} --batch {args.batch} --guidance {args.guidance}: "
+                        f"n at least {least}, draws at least 1, batch at least 1, guidance in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
     tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
@@ -903,7 +913,7 @@ def main():
 
     held = open_held(test, tokenizer, features, args.n, args.batch, args.seed, device)
     columns = {**COLUMNS, "frechet": (distance, ".3f"), "lpips": ("LPIPS" if network else "LPIPS-judge", ".4f")}
-    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n,
+    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n, "draws": args.draws,
               "held_out": len(held["tokens"]), "scored": min(args.n, len(held["tokens"])),
               "completed": min(args.n, len(held["tokens"]), COMPLETED),
               "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
@@ -915,7 +925,7 @@ def main():
     try:
         for row in plan:
             figures, nats, rank, show = evaluate_row(row, held, tokenizer, features, judge, network or judge, args.n,
-                                                     args.batch, args.guidance, args.seed)
+                                                     args.draws, args.batch, args.guidance, args.seed)
             first = nats if first is None else first
             apart = (nats - first) / rank.shape[1]     # on the same images: far less noise than in either
             figures.update(versus=apart.mean().item(), versus_error=apart.std().item() / math.sqrt(len(apart)))
@@ -949,7 +959,8 @@ def print_report(report, columns):
                  for row, line in zip(results, report["agreement"])]
         print("\nagreement of orders on the same images (rank correlation)\n"
               + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
-    print(f"\n{report['n']:,} images drawn per row, {report['scored']:,} scored, "
+    draws = f"{report['draws']} sets of " if report["draws"] > 1 else ""
+    print(f"\n{draws}{report['n']:,} images drawn per row, {report['scored']:,} scored, "
           f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones "
           f"at {report['size']}x{report['size']}; "
           f"seed {report['seed']}, guidance {report['guidance']}\n"

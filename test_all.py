@@ -2281,6 +2281,20 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
     assert same(first) != same(third)
 
 
+def test_several_sets_tell_how_far_chance_moves_a_distance(evaluated, quick, monkeypatch, capsys):
+    out, _ = evaluated
+    only, rows = ("--n", 10, "--batch", 5, "--models", f"{out}/anyorder.pt:random"), []
+    for draws in (1, 2):
+        code, printed, _ = evaluation(monkeypatch, capsys, out, *only, "--draws", draws)
+        rows += json.loads((out / "results.json").read_text())["rows"]
+        assert code == 0 and ("2 sets of 10 images" in printed) == (draws == 2)
+    one, two = rows                                    # the first of two sets is the one set: a = mean +- |a - b| / 2
+    for key in ("frechet", "recon"):
+        assert one[key + "_spread"] is None and two[key + "_spread"] > 0
+        assert abs(one[key] - two[key]) == pytest.approx(two[key + "_spread"] / 2 ** 0.5, rel=1e-6)
+    assert one["nats"] == two["nats"] and one["evaluations"] == two["evaluations"] == 4
+
+
 def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monkeypatch, capsys):
     out, _ = evaluated
     torch.jit.script(Rooms(2048)).save(str(out / "inception.pt"))
@@ -2322,6 +2336,7 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
     data.save(tmp_path / "elsewhere.pt", file)
     data.sheet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "picture.png")
     for flags, message in ((("--n", 3), "n at least 4"), (("--batch", 0), "batch at least"),
+                           (("--draws", 0), "draws at least 1"),
                            (("--models", tmp_path / "foreign.pt"), "another tokenizer"),
                            (("--models", f"{out}/raster.pt:learned"), "knows no learned order"),
                            (("--models", f"{out}/raster.pt:frozen"), "not finetuned"),
@@ -2997,7 +3012,7 @@ def test_two_processes_do_what_one_does(chain, float32, tmp_path, monkeypatch, c
         out = tmp_path / (side + "out")
         lines[side] = [[stage, "--out", stages[stage], *STAGES[stage]] for stage in stages] + [
             ["sample", "--out", out, "--n", 5], ["sample", "--out", out, "--likelihood", chain[0] / "003.png"],
-            ["evaluate", "--out", out, "--n", 10, "--batch", 3, "--models", *(f"{out}/{m}" for m in (
+            ["evaluate", "--out", out, "--n", 10, "--draws", 2, "--batch", 3, "--models", *(f"{out}/{m}" for m in (
                 "anyorder.pt:random", "anyorder.pt:inferred", "ordered.pt:learned"))]]
     printed = [call(monkeypatch, capsys, *line, "--device", "cpu") for line in lines["one"]]
     assert all(code == 0 for code, _ in printed)
