@@ -464,7 +464,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
     hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
              for each in (model, policy) if each]
     for i, chance in my_batches("draw", draws * n):
-        asked = [captions[j % len(captions)] for j in range(i, min(i + batch, draws * n))]
+        asked = [captions[j % n % len(captions)] for j in range(i, min(i + batch, draws * n))]   # each set the same
         start = time.perf_counter()
         tokens, visited = generate(model, asked, guidance=guidance, generator=chance, **how)
         # rounded, as in a PNG; truncated would be darker

@@ -2283,7 +2283,12 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
 
 def test_several_sets_tell_how_far_chance_moves_a_distance(evaluated, quick, monkeypatch, capsys):
     out, _ = evaluated
-    only, rows = ("--n", 10, "--batch", 5, "--models", f"{out}/anyorder.pt:random"), []
+    only, rows, asked = ("--n", 10, "--batch", 5, "--models", f"{out}/anyorder.pt:random"), [], []
+
+    def asks(model, captions, *args, given=None, **how):
+        asked.extend(captions if given is None else [])
+        return sample.generate(model, captions, *args, given=given, **how)
+    monkeypatch.setattr(evaluate, "generate", asks)
     for draws in (1, 2):
         code, printed, _ = evaluation(monkeypatch, capsys, out, *only, "--draws", draws)
         rows += json.loads((out / "results.json").read_text())["rows"]
@@ -2293,6 +2298,7 @@ def test_several_sets_tell_how_far_chance_moves_a_distance(evaluated, quick, mon
         assert one[key + "_spread"] is None and two[key + "_spread"] > 0
         assert abs(one[key] - two[key]) == pytest.approx(two[key + "_spread"] / 2 ** 0.5, rel=1e-6)
     assert one["nats"] == two["nats"] and one["evaluations"] == two["evaluations"] == 4
+    assert asked[:10] == asked[10:20] == asked[20:] and len(set(asked[:10])) > 1           # only the dice differ
 
 
 def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monkeypatch, capsys):
