@@ -52,7 +52,7 @@ from anyorder import in_turn, join, load_model, rank_of
 from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable,
                   render_sunset, replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
 from order_infer import infer_orders, order_maps, rank_correlation
-from sample import ORDERS, generate, read_mask
+from sample import ORDERS, frozen_policy, generate, read_mask
 from tokenizer import load_tokenizer, seeded
 
 HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
@@ -403,10 +403,7 @@ def open_rows(texts, out, tokenizer, device):
                 raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
                                 f"or leave out @{printable(steps)}")
             if order == "frozen":
-                teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
-                opened[teacher] = policy = opened.get(teacher) or load_model(teacher, device)
-                if fingerprint(policy.state_dict()) != about["made_from"].get("model"):
-                    raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: leave out :frozen")
+                policy = frozen_policy(model, path, device)
             headless = not model.config["order_head"]
             if {"learned": headless, "sampled": headless, "class": "caption_rank" not in about}.get(order):
                 raise UserError(f"{printable(path)} knows no {order} order: "

@@ -2,6 +2,7 @@
 
     until all cells are drawn:
         cell  ~ where      raster | random | a given order | inferred (every free cell is tried) | learned (order head)
+                           | frozen (inferred, but by the any-order model: the policy that finetuning began with)
         token ~ p(x_cell | caption, what was drawn, cell)
 
 All models and all orders go through this one loop (`generate`); only the first line differs. Cells whose content is
@@ -29,8 +30,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
-from data import (FORMATS, UserError, arguments, one_line, pick_device, printable, read_image, replacing, run,
-                  save_picture, sheet, to_float, to_uint8)
+from data import (FORMATS, UserError, arguments, fingerprint, one_line, pick_device, printable, read_image,
+                  replacing, run, save_picture, sheet, to_float, to_uint8)
 from order_infer import colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths, without
 from tokenizer import load_tokenizer, seeded
 
@@ -61,6 +62,17 @@ def caption_orders(model, captions):
         raise UserError("this model knows no order per caption: run python order_infer.py and python finetune.py first")
     rank, known = model.about["caption_rank"], {c: i for i, c in enumerate(model.about["captions"])}
     return torch.stack([rank[known[c]] if c in known else rank.mean(0) for c in captions]).argsort(1)
+
+
+def frozen_policy(model, path, device):
+    """The any-order model from which the model of file `path` was finetuned: anyorder.pt beside it. It has inferred the
+    orders that this one was finetuned on, and goes on choosing them as it did then. UserError where it is another."""
+    teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
+    policy = load_model(teacher, device)
+    if fingerprint(policy.state_dict()) != model.about["made_from"].get("model"):
+        raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: it knows no frozen order, "
+                        "choose another")
+    return policy
 
 
 def steps_of(cells, parallel):
@@ -359,7 +371,8 @@ def likelihood(model, tokenizer, path, captions, out, seed, how):
 def main():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
     parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, else anyorder.pt)")
-    parser.add_argument("--order", choices=ORDERS, default=None, help="None: what the model was last trained for")
+    parser.add_argument("--order", choices=(*ORDERS, "frozen"), default=None,
+                        help="None: what the model was last trained for")
     parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
     parser.add_argument("--n", type=int, default=8, help="how many images (of each --caption)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
@@ -392,7 +405,9 @@ def main():
     if tokenizer.fingerprint != model.about["made_from"]["tokenizer"]:
         raise UserError(f"{path} is for another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
     order = args.order or {"random": "inferred", "inferred": "learned"}.get(model.about["order"], model.about["order"])
-    how = dict(order=order, score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
+    policy = frozen_policy(model, path, device) if order == "frozen" else None
+    how = dict(order="inferred" if policy else order, policy=policy,
+               score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
                temperature=args.temperature, top_p=args.top_p, parallel=args.parallel, guidance=guidance)
     grid, size = (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
     side, scale = size // grid[0], max(1, TILE // size)
@@ -417,7 +432,7 @@ def main():
         canvas[:, *area], hidden[area] = picture, mask
     known = ~hidden.view(R, side, C, side).any(3).any(1)                       # cells hidden in part are drawn
     F = int((~known).sum())
-    if not 0 <= args.why <= F or args.why and order not in ("inferred", "learned", "sampled"):
+    if not 0 <= args.why <= F or args.why and how["order"] not in ("inferred", "learned", "sampled"):
         raise UserError(f"--why {args.why}: expected a step from 1 to {F}, in inferred or learned order, not {order}")
     captions = [caption for caption in captions or [""] for _ in range(args.n)]
     if not args.caption and not args.complete:

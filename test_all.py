@@ -690,6 +690,23 @@ def test_parallel_drawing_from_the_command_line(chain, tmp_path, monkeypatch, ca
     assert code == 0 and (out / "samples_why.png").exists() and (out / "samples.gif").exists(), printed
 
 
+def test_in_frozen_order_the_any_order_model_chooses_and_the_specialised_one_draws(chain, tmp_path, monkeypatch,
+                                                                                    capsys):
+    out, used = start_of("finetune", chain, tmp_path / "out"), []
+    shutil.copy(chain[1] / "ordered.pt", out)
+    draw = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args, **how: used.append((args[0], how)) or draw(*args, **how))
+    flags = ("--out", out, "--n", 2, "--guidance", 2, "--animate", 0, "--device", "cpu")
+    code, printed = call(monkeypatch, capsys, "sample", *flags, "--order", "frozen", "--why", 3)
+    (model, how), weights = used[0], lambda model: data.fingerprint(model.state_dict())
+    assert code == 0 and "in frozen order" in printed and how["order"] == "inferred", printed
+    assert (weights(model), weights(how["policy"])) == tuple(
+        weights(load_model(out / name)) for name in ("ordered.pt", "anyorder.pt"))
+    (out / "ordered.pt").unlink()                      # what was not finetuned has no model that it came from
+    code, printed = call(monkeypatch, capsys, "sample", *flags, "--order", "frozen")
+    assert code == 2 and "was not finetuned from" in printed and "Traceback" not in printed
+
+
 def test_a_sampled_order_draws_the_location_from_the_heads_softmax():
     model, n = tiny(rows=2, cols=2, codebook=5, order_head=True), 4000
     with torch.inference_mode():
