@@ -437,7 +437,7 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
 
 
 @torch.inference_mode()
-def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, batch, guidance, seed):
+def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, batch, guidance, temperature, seed):
     """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of
     open_rows. `draws` sets of n images are drawn, in batches, and only their features stay; distances are means over
     the sets, with their standard deviation. Processes share the batches out; all get the same result."""
@@ -445,6 +445,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
     device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
     process, world = join(device)
     how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
+           "temperature": temperature,
            "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
     m, captions = min(n, len(held["tokens"])), held["captions"]
     bar = tqdm(total=(draws * n + m + min(m, COMPLETED)) // world, desc=name, unit="image", disable=process > 0,
@@ -869,6 +870,8 @@ def main():
                         help="sets of N images that each row draws: more than one tell how far chance moves a distance")
     parser.add_argument("--batch", type=int, default=100, help="images at once")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="of drawing and completing: below 1 plays safe; the nats are always those of 1")
     parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: FID instead of the judge's distance")
     parser.add_argument("--lpips-backbone", default="", help="torchvision's alexnet .pth, for true LPIPS")
     parser.add_argument("--lpips-linear", default="", help="the lpips package's weights/v0.1/alex.pth")
@@ -879,9 +882,11 @@ def main():
     if args.speed:
         return None if process else speed_table(device, out)
     least = NEIGHBOURS + 1
-    if args.n < least or args.draws < 1 or args.batch < 1 or not 0 <= args.guidance <= 100:
-        raise UserError(f"--n {args.n} --draws {args.draws} --batch {args.batch} --guidance {args.guidance}: "
-                        f"n at least {least}, draws at least 1, batch at least 1, guidance in 0..100")
+    if args.n < least or args.draws < 1 or args.batch < 1 or not (
+            0 <= args.guidance <= 100 and 0 <= args.temperature <= 100):
+        raise UserError(f"--n {args.n} --draws {args.draws} --batch {args.batch} --guidance {args.guidance} "
+                        f"--temperature {args.temperature}: n at least {least}, draws at least 1, batch at least 1, "
+                        "guidance and temperature in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
     tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
@@ -914,6 +919,7 @@ def main():
               "held_out": len(held["tokens"]), "scored": min(args.n, len(held["tokens"])),
               "completed": min(args.n, len(held["tokens"]), COMPLETED),
               "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
+              "temperature": args.temperature,
               "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
               "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
               "torch": torch.__version__, "tokenizer": frechet(held["recon"], held["moments"]),
@@ -922,7 +928,8 @@ def main():
     try:
         for row in plan:
             figures, nats, rank, show = evaluate_row(row, held, tokenizer, features, judge, network or judge, args.n,
-                                                     args.draws, args.batch, args.guidance, args.seed)
+                                                     args.draws, args.batch, args.guidance, args.temperature,
+                                                     args.seed)
             first = nats if first is None else first
             apart = (nats - first) / rank.shape[1]     # on the same images: far less noise than in either
             figures.update(versus=apart.mean().item(), versus_error=apart.std().item() / math.sqrt(len(apart)))
@@ -960,7 +967,7 @@ def print_report(report, columns):
     print(f"\n{draws}{report['n']:,} images drawn per row, {report['scored']:,} scored, "
           f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones "
           f"at {report['size']}x{report['size']}; "
-          f"seed {report['seed']}, guidance {report['guidance']}\n"
+          f"seed {report['seed']}, guidance {report['guidance']}, temperature {report['temperature']}\n"
           f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
     if judge:
         series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how])

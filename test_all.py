@@ -2296,6 +2296,10 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
     assert same(first) == same(second) and len(same(first)) > 20
     code, third, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4, "--seed", 1)
     assert same(first) != same(third)
+    code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 10, "--batch", 4, "--temperature", 0.5)
+    cooler = json.loads((out / "results.json").read_text())["rows"]        # draws others, knows no more
+    assert all(row["nats"] == old["nats"] and row["frechet"] != old["frechet"] for row, old in
+               zip(cooler, report["rows"], strict=True)) and "temperature 0.5" in printed
 
 
 def test_several_sets_tell_how_far_chance_moves_a_distance(evaluated, quick, monkeypatch, capsys):
@@ -2359,7 +2363,8 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
     data.save(tmp_path / "elsewhere.pt", file)
     data.sheet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "picture.png")
     for flags, message in ((("--n", 3), "n at least 4"), (("--batch", 0), "batch at least"),
-                           (("--draws", 0), "draws at least 1"),
+                           (("--draws", 0), "draws at least 1"), (("--temperature", -1), "temperature in 0..100"),
+                           (("--temperature", "nan"), "temperature in 0..100"),
                            (("--models", tmp_path / "foreign.pt"), "another tokenizer"),
                            (("--models", f"{out}/raster.pt:learned"), "knows no learned order"),
                            (("--models", f"{out}/raster.pt:frozen"), "not finetuned"),
