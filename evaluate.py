@@ -387,12 +387,12 @@ def open_rows(texts, out, tokenizer, device):
     UserError for models of different tokenizers, and orders a model does not know."""
     names = ("raster", "anyorder", "ordered_random", "ordered_raster", "ordered_class", "ordered")
     names = [os.path.join(out, f"{name}.pt") for name in names]
-    rows, opened = [], {}
+    rows, open_model = [], functools.cache(functools.partial(load_model, device=device))   # each file once
     for text in texts or filter(os.path.exists, names):
         path, _, order = text.rpartition(":")          # from the right: C:\out\raster.pt is a path
         order, _, steps = order.partition("@")
         path, order, steps = (path, order, steps) if order in (*ORDERS, "frozen") else (text, None, "")
-        opened[path] = model = opened.get(path) or load_model(path, device)
+        model = open_model(path)
         about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
         if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
             raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt, "
@@ -403,7 +403,7 @@ def open_rows(texts, out, tokenizer, device):
                 raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
                                 f"or leave out @{printable(steps)}")
             if order == "frozen":
-                policy = frozen_policy(model, path, device)
+                policy = frozen_policy(model, path, open_model)
             headless = not model.config["order_head"]
             if {"learned": headless, "sampled": headless, "class": "caption_rank" not in about}.get(order):
                 raise UserError(f"{printable(path)} knows no {order} order: "

@@ -64,11 +64,12 @@ def caption_orders(model, captions):
     return torch.stack([rank[known[c]] if c in known else rank.mean(0) for c in captions]).argsort(1)
 
 
-def frozen_policy(model, path, device):
+def frozen_policy(model, path, open_model):
     """The any-order model from which the model of file `path` was finetuned: anyorder.pt beside it. It has inferred the
-    orders that this one was finetuned on, and goes on choosing them as it did then. UserError where it is another."""
+    orders that this one was finetuned on, and goes on choosing them as it did then. UserError where it is another.
+    `open_model` loads a model file."""
     teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
-    policy = load_model(teacher, device)
+    policy = open_model(teacher)
     if fingerprint(policy.state_dict()) != model.about["made_from"].get("model"):
         raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: it knows no frozen order, "
                         "choose another")
@@ -405,7 +406,7 @@ def main():
     if tokenizer.fingerprint != model.about["made_from"]["tokenizer"]:
         raise UserError(f"{path} is for another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
     order = args.order or {"random": "inferred", "inferred": "learned"}.get(model.about["order"], model.about["order"])
-    policy = frozen_policy(model, path, device) if order == "frozen" else None
+    policy = frozen_policy(model, path, lambda file: load_model(file, device)) if order == "frozen" else None
     how = dict(order="inferred" if policy else order, policy=policy,
                score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
                temperature=args.temperature, top_p=args.top_p, parallel=args.parallel, guidance=guidance)
