@@ -354,6 +354,11 @@ class Drawing:
 
     One cell is placed at a time, or several at once (n > 1), none of which knew the others. The next look enters them
     as `forward` would, each leading to the one placed after it: n - 1 inputs more, and what it says is exact.
+
+        logits = drawing.look(cells, together=True)     all of these cells come next, and all will be placed
+
+    then needs no input more: each of the n drawn last leads to one of them, and sees the n - 1 others beside it. These
+    are n chains that grow side by side; in training there was one, so what is said is no longer exact.
     """
 
     def __init__(self, model, words):
@@ -372,23 +377,25 @@ class Drawing:
         self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
 
-    def look(self, cells):
+    def look(self, cells, together=False):
         n, start, C = self.drawn.shape[1], self.t, cells.shape[1]          # n cells were drawn last
-        following = torch.cat((self.cell[:, 1:], cells), 1)                # [B, M], M = n - 1 + C
-        M = following.shape[1]
-        origin = torch.arange(M, device=cells.device).clamp_max(n - 1)     # the last of them is repeated
-        x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)
-        few, mask = C <= FEW, None
-        end = start + (M if few else n)                # in the cache the first offer follows the n - 1 others
-        if n > 1 or few and C > 1:
-            mask = x.new_full((M if few else n - 1, end), -math.inf).triu_(start + 1)      # each sees what is before,
-            mask[n:, start + n - 1:] = -math.inf                                           # but an offer no other offer
-            mask.diagonal(start).zero_()
+        M = max(n, C) if together else n - 1 + C
+        step = torch.arange(M, device=cells.device)
+        origin = step.clamp_max(n - 1)                                     # the last of them is repeated
+        following = cells[:, step.clamp_max(C - 1)] if together else torch.cat((self.cell[:, 1:], cells), 1)
+        x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)         # [B, M, D]
+        few, mask = together or C <= FEW, None
+        end = start + (M if few else n)                # of these inputs the first n stay in the cache, one for each cell
+        if n > 1 or few and M > 1:
+            who, whom = step[:M if few else n - 1, None], step[:end - start]
+            sees = (whom < n) & (whom != origin[who]) if together else (whom < n - 1) & (whom < who)
+            mask = torch.where(sees | (whom == who), 0.0, -math.inf)
+            mask = F.pad(mask, (start, 0))                                 # all see what is older
         self.cells, self.offered = cells, []
         for i, block in enumerate(self.model.blocks):
             q, k, v = block.split(x)                                       # [B, heads, M, d]
             self.k[i, :, :, start:end], self.v[i, :, :, start:end] = k[:, :, :end - start], v[:, :, :end - start]
-            if C > 1:
+            if C > 1 and not together:
                 self.offered.append((k[:, :, n - 1:], v[:, :, n - 1:]))
             old_k, old_v = self.k[i, :, :, :end], self.v[i, :, :, :end]
             if few:
@@ -398,7 +405,7 @@ class Drawing:
                 if n > 1:
                     y = torch.cat((cached_attention(q[:, :, :n - 1], old_k, old_v, mask), y), 2)
             x = block.merge(x, y)
-        self.after = self.model.norm(x[:, -C:])                            # [B, C, D]
+        self.after = self.model.norm(x[:, :C] if together else x[:, -C:])                  # [B, C, D]
         return self.model.head(self.after)
 
     def place(self, choice, token):

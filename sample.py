@@ -77,14 +77,9 @@ def frozen_policy(model, path, open_model):
 
 
 def steps_of(cells, parallel):
-    """How many cells each step draws: one, or in `parallel` steps few at first, when all is open. After k steps the
-    share 1 - cos(pi/2 k / parallel) is drawn (MaskGIT, arXiv 2202.04200). steps_of(8, 4) is [1, 1, 3, 3]."""
-    if not 0 < parallel < cells:
-        return [1] * cells
-    after = [round(cells * (1 - math.cos(math.pi / 2 * k / parallel))) for k in range(parallel + 1)]
-    for k in range(1, parallel + 1):                                       # at least one each
-        after[k] = min(max(after[k], after[k - 1] + 1), cells - parallel + k)
-    return sorted(b - a for a, b in zip(after, after[1:]))
+    """How many cells each step draws: one, or in `parallel` steps about as many in each. steps_of(8, 3) is [2, 3, 3]."""
+    steps = parallel if 0 < parallel < cells else cells
+    return [(k + 1) * cells // steps - k * cells // steps for k in range(steps)]
 
 
 def best_apart(value, cells, n, crowd):
@@ -173,7 +168,8 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
         choice = best_apart(value, pool, n, crowd)                         # [B, n]
         cell, at = pool.gather(1, choice), choice                          # [B, n]
         if logits is None:                                                 # the locations are known: look there only
-            logits, at = drawing.look(every(cell)), torch.arange(n, device=device).expand(B, n)
+            logits = drawing.look(every(cell), together=True)
+            at = torch.arange(n, device=device).expand(B, n)
         at = every(at)
         if k < head:
             token = tokens.gather(1, cell)
