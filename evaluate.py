@@ -456,8 +456,8 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
         for i in range(process * batch, count, world * batch):
             yield i, seeded(seed, what, i, device=device)
 
-    # draw, and count what the output layers were asked for: what drawing costs on any machine, but for the cells that
-    # were drawn in one step, each of which but the last enters the cache by an input more
+    # draw, and count what the output layers were asked for: what drawing costs on any machine (but in inferred order
+    # with several cells a step, each of which but the last enters the cache by an input more)
     evaluated, drawn = [], []
     hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
              for each in (model, policy) if each]
