@@ -698,7 +698,7 @@ def test_a_raster_only_model_gets_what_is_given_in_its_turn():
 
 
 def test_a_few_steps_draw_fewer_cells_first_and_all_in_the_end():
-    assert sample.steps_of(8, 4) == [1, 2, 2, 3]
+    assert sample.steps_of(16, 4) == [3, 4, 4, 5]
     for cells in (1, 2, 9, 64):
         for parallel in range(cells + 2):
             steps = sample.steps_of(cells, parallel)
