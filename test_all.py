@@ -2381,7 +2381,7 @@ def test_evaluate_counts_guidance_and_names_its_networks(evaluated, quick, monke
     assert code == 0 and report["rows"][0]["evaluations"] == 10 + 2 * 4
     assert " FID " in printed and "LPIPS-judge" in printed and "the judge is" not in printed
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:inferred@2")
-    row = json.loads((out / "results.json").read_text())["rows"][0]        # two of 4 candidates, then the other two at once
+    row = json.loads((out / "results.json").read_text())["rows"][0]        # two of 4 candidates, then the rest
     assert code == 0 and row["name"] == "ordered:inferred@2" and row["evaluations"] == 4 + 2
     code, printed, _ = evaluation(monkeypatch, capsys, out, "--n", 5, "--models", f"{out}/ordered.pt:class")
     assert code == 0 and "FID" not in printed and "Frechet (judge)" in printed and "the judge is" in printed
