@@ -385,9 +385,10 @@ class Drawing:
         following = cells[:, step.clamp_max(C - 1)] if together else torch.cat((self.cell[:, 1:], cells), 1)
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)         # [B, M, D]
         few, mask = together or C <= FEW, None
-        end = start + (M if few else n)                # of these inputs the first n stay in the cache, one for each cell
+        end = start + (M if few else n)                # the first n of them stay in the cache, one for each cell
         if n > 1 or few and M > 1:
             who, whom = step[:M if few else n - 1, None], step[:end - start]
+            # side by side, each sees those that bring another cell; else each sees what is before, but no other offer
             sees = (whom < n) & (whom != origin[who]) if together else (whom < n - 1) & (whom < who)
             mask = torch.where(sees | (whom == who), 0.0, -math.inf)
             mask = F.pad(mask, (start, 0))                                 # all see what is older

@@ -77,8 +77,8 @@ def frozen_policy(model, path, open_model):
 
 
 def steps_of(cells, parallel):
-    """How many cells each step draws: one, or in `parallel` steps a few less at first, when all is open: after k steps
-    the share (k / parallel)^1.15 is drawn. steps_of(16, 4) is [3, 4, 4, 5]."""
+    """How many cells each step draws: one, or in `parallel` steps slightly fewer at first, when all is open: after k
+    steps the share (k / parallel)^1.15 is drawn. steps_of(16, 4) is [3, 4, 4, 5]."""
     if not 0 < parallel < cells:
         return [1] * cells
     after = [round(cells * (k / parallel) ** 1.15) for k in range(parallel + 1)]

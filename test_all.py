@@ -278,10 +278,10 @@ def test_cells_that_come_together_are_chains_which_see_each_other():
             inputs = [(min(i, was - 1), min(i, n - 1)) for i in range(max(n, was))]        # brings, leads to
             new = torch.stack([model.embed_drawn(token[:, i], cell[:, i]) + model.embed_next(cell[:, i], cells[:, j])
                                for i, j in inputs], 1)
-            x = torch.cat((words, *(part for part, _ in old), new), 1)
-            steps = [L for L in range(words.shape[1])] + [
-                words.shape[1] + s for s, (part, _) in enumerate(old + [(new, inputs)]) for _ in range(part.shape[1])]
-            brings = [None] * words.shape[1] + [i for _, pairs in old + [(new, inputs)] for i, _ in pairs]
+            every, L = old + [(new, inputs)], words.shape[1]
+            x = torch.cat((words, *(part for part, _ in every)), 1)
+            steps = list(range(L)) + [L + s for s, (part, _) in enumerate(every) for _ in range(part.shape[1])]
+            brings = [None] * L + [i for _, pairs in every for i, _ in pairs]
             stays = [True] * (len(steps) - len(inputs)) + [number < was for number in range(len(inputs))]
             sees = torch.tensor([[a == b or stays[b] and (steps[b] < steps[a] or
                                                           steps[b] == steps[a] and brings[b] != brings[a])
