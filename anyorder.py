@@ -369,10 +369,11 @@ class Drawing:
         shape = (layers, B, D // HEAD, L + model.N, HEAD)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         self.k, self.v = torch.empty(2, *shape, device=device, dtype=dtype)
+        later = torch.full((L, L), -math.inf, device=device).triu(1)
         for i, block in enumerate(model.blocks):
             q, k, v = block.split(x)
             self.k[i, :, :, :L], self.v[i, :, :, :L] = k, v
-            x = block.merge(x, fused_attention(q, k, v))
+            x = block.merge(x, cached_attention(q, k, v, later))
         self.before = model.norm(x)[:, -1:]                                # [B, 1, D], the output of the last step
         self.cell = words.new_full((B, 1), model.N)                        # nothing is drawn yet, nowhere
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
@@ -386,7 +387,7 @@ class Drawing:
         x = self.drawn[:, origin] + self.model.embed_next(self.cell[:, origin], following)         # [B, M, D]
         few, mask = together or C <= FEW, None
         end = start + (M if few else n)                # the first n of them stay in the cache, one for each cell
-        if n > 1 or few and M > 1:
+        if (n > 1 or few and M > 1) and not (together and n == C):         # n chains that bring n cells: all see all
             who, whom = step[:M if few else n - 1, None], step[:end - start]
             # side by side, each sees those that bring another cell; else each sees what is before, but no other offer
             sees = (whom < n) & (whom != origin[who]) if together else (whom < n - 1) & (whom < who)
