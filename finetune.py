@@ -101,7 +101,8 @@ def main():
                         help=f"parts of an inferred run, all but the first in the head's orders (default {ROUNDS})")
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together (default 500)")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    parser.add_argument("--lr", type=float, default=5e-4,
+                        help="peak learning rate (default 0.0005; raster order of thousands of images bears 0.004)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
     if args.rounds and args.order != "inferred":
