@@ -301,10 +301,15 @@ class AnyOrder(nn.Module):
         return torch.tensor(ids, device=self.hop.device)
 
     def check_words(self, captions):
-        """Raises UserError for a word that no training caption had, and names the nearest known ones."""
+        """Raises UserError for a word that no training caption had, and names the nearest known ones, and for a caption
+        that is longer than the model reads."""
         for word in sorted({w for c in captions for w in words_of(c)} - set(self.number)):
             near = difflib.get_close_matches(word, self.number, n=3, cutoff=0.5) or sorted(self.number)[:5]
             raise UserError(f"caption word {word!r} was never seen in training: try {', '.join(near) or 'no caption'}")
+        for caption in captions:
+            if len(words_of(caption)) > self.config["caption_length"]:
+                raise UserError(f"caption {caption!r} has {len(words_of(caption))} words: give at most "
+                                f"{self.config['caption_length']}, as training captions have")
 
     def embed_words(self, words):
         return self.word(words) + self.word_at.weight                      # [B, L, D]
@@ -475,7 +480,7 @@ def join(device):
     if not dist.is_initialized():
         if device.type == "cuda":                                          # from here on "cuda" is this process's own
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise UserError(f"more processes than GPUs: torchrun --nproc_per_node={torch.cuda.device_count()}")
+                raise UserError(f"more processes than GPUs: torchrun --nproc_per_node={torch.cuda.device_count()} -- ...")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():

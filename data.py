@@ -121,7 +121,7 @@ def arguments(doc, flags=("data", "out", "seed", "device")):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = error
     known = dict(data=dict(default="sunsets", help="a folder of images, an IDX file, or sunsets"),
-                 out=dict(default="out", help="the folder to write to"),
+                 out=dict(default="out", help="the folder of all files that stages write and read"),
                  seed=dict(default=0, type=seed, help="makes runs on a CPU repeatable"),
                  device=dict(default="", help="cpu, cuda or mps; empty takes the best there is"))
     for flag in flags:
@@ -297,9 +297,10 @@ TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.
                                Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
 
 
-def read_image(path, size):
+def read_image(path, size=None, over="white"):
     """An image file -> uint8 [3, size, size]: upright, over white, first frame, short side to `size`, centre crop.
-    Raises an Exception of any kind if it cannot be read; nothing above MAX_PIXELS is decoded."""
+    Without a size it stays as large as it is. Raises an Exception of any kind if it cannot be read; nothing above
+    MAX_PIXELS is decoded."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
         raise ValueError("not a regular file")
@@ -309,7 +310,8 @@ def read_image(path, size):
         image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} is too large")
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+        if size:
+            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
         image.load()
         try:
             turn = TURNS.get(image.getexif().get(0x0112))
@@ -321,7 +323,7 @@ def read_image(path, size):
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:  # also of palettes
         image = square(image.convert("RGBA"), size)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
     image = square(image.convert("RGB"), size)
     if turn is not None:
         image = image.transpose(turn)
@@ -329,10 +331,10 @@ def read_image(path, size):
 
 
 def square(image, size):
-    """The largest centred square of a PIL image, resized to size x size without aliasing."""
+    """The largest centred square of a PIL image, resized to size x size without aliasing. None leaves it as it is."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size == (size, size):
+    if size is None or image.size == (size, size):
         return image
     return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side), reducing_gap=3)
 

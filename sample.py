@@ -26,12 +26,13 @@ import os
 import re
 import textwrap
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
-from data import (FORMATS, UserError, arguments, fingerprint, one_line, pick_device, printable, read_image,
-                  replacing, run, save_picture, sheet, to_float, to_uint8)
+from data import (UserError, arguments, fingerprint, one_line, pick_device, printable, read_image, replacing, run,
+                  save_picture, sheet, square, to_float, to_uint8, words_of)
 from order_infer import colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths, without
 from tokenizer import load_tokenizer, seeded
 
@@ -41,9 +42,9 @@ BATCH = 32          # images drawn at once
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax), then the top_k likeliest tokens (0: all), then
+    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax; so is what would make logits infinite), then the top_k likeliest tokens (0: all), then
     the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     if not top_k and top_p >= 1:                       # nothing to cut, nothing to sort
         return (logits.float() / temperature).softmax(-1)
@@ -60,8 +61,10 @@ def caption_orders(model, captions):
     """The specialised order of each caption: the mean rank of the orders inferred for its training images, [B, N]."""
     if "caption_rank" not in model.about:
         raise UserError("this model knows no order per caption: run python order_infer.py and python finetune.py first")
-    rank, known = model.about["caption_rank"], {c: i for i, c in enumerate(model.about["captions"])}
-    return torch.stack([rank[known[c]] if c in known else rank.mean(0) for c in captions]).argsort(1)
+    rank = model.about["caption_rank"]
+    known = {tuple(words_of(caption)): i for i, caption in enumerate(model.about["captions"])}
+    asked = [known.get(tuple(words_of(caption))) for caption in captions]
+    return torch.stack([rank.mean(0) if i is None else rank[i] for i in asked]).argsort(1)
 
 
 def frozen_policy(model, path, open_model):
@@ -88,8 +91,9 @@ def steps_of(cells, parallel):
 
 
 def best_apart(value, cells, n, crowd):
-    """The n best of cells [B, C] by value [B, C], no two of them adjacent, as long as there are such: numbers [B, n].
-    Cells that share an edge must not be drawn at once: neither would know the other. crowd [N, N]: see crowding."""
+    """The n best of cells [B, C] by value [B, C], one after the other, each the best of those that are adjacent to none
+    before it, and where all are, the best of all: numbers [B, n]. Cells that share an edge should not be drawn at once:
+    neither would know the other. crowd [N, N]: see crowding."""
     value, choice = value.float(), [value.argmax(1, keepdim=True)]
     while len(choice) < n:
         value = value - crowd[cells.gather(1, choice[-1]), cells]          # [B, C]
@@ -109,7 +113,8 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
     policy     another model that chooses the inferred locations (say, the any-order model that the orders came from)
     parallel   draw in so many steps, several cells in each (0: one by one). Cells of one step do not see each other
     guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
-               A pair (a, b) goes from a at the first cell to b at the last, linearly in the share of drawn cells
+               A pair (a, b) goes from a where no cell is drawn to b at the last, linearly in the share of drawn or
+               kept cells
     given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn. (A
                model of raster.pt has never seen a cell before the one to its left: it gets them in their turn)
     generator  of torch, on the model's device; makes it repeatable
@@ -154,12 +159,11 @@ def generate(model, captions, order="inferred", score="confidence", distance=0.0
         if headed:
             value = drawing.next_location()[:B].gather(1, pool).log_softmax(1)
         elif order == "inferred":                                          # try every cell of the pool
-            if chooser is not None:
-                tried = chooser.look(pool)
-            else:
-                tried = logits = drawing.look(every(pool))
+            if chooser is None or score == "likelihood":
+                logits = drawing.look(every(pool))
+            tried = logits if chooser is None else chooser.look(pool)
             if score == "likelihood":                                      # draw everywhere, keep the likeliest
-                p = filtered(guided(tried, B, strength).flatten(0, 1), temperature, top_k, top_p)
+                p = filtered(guided(logits, B, strength).flatten(0, 1), temperature, top_k, top_p)
                 content = one_of(p, generator).view(pool.shape)
                 content = content if k >= head else tokens.gather(1, pool)
             value = location_scores(tried[:B], score, model.frequency, content)
@@ -262,22 +266,18 @@ def compose(drawn, picture, hidden, reach):
     return torch.where(hidden, to_uint8(drawn + shift * (2 * share).clamp(max=1)), picture)
 
 
-def read_picture(path, size, expected="an image, such as a .png"):
-    """(uint8 [3, size, size], (width, height) of the file) of an image as data.py reads it; warns if resized."""
+def read_picture(path, expected="an image, such as a .png", over="white"):
+    """uint8 [3, H, W]: an image file as data.py reads it, in its own size; what is transparent lies over a colour."""
     try:
-        picture = read_image(path, size)
-        with Image.open(path, formats=FORMATS) as file:
-            own = file.size[::-1] if file.getexif().get(0x0112, 1) > 4 else file.size      # EXIF: it lies on its side
+        return read_image(path, over=over)
     except Exception as error:                                                 # decoders raise nearly everything
         why = printable(getattr(error, "strerror", None) or str(error).split(" <")[0])[:80]
         raise UserError(f"{printable(path)} cannot be read ({why}): expected {expected}") from None
-    if own != (size, size):
-        print(f"warning: {printable(path)} is {own[0]}x{own[1]}: its central square is resized to {size}x{size}")
-    return picture, own
 
 
 def read_mask(text, own, size, grid, seed):
-    """--mask -> hidden bool [size, size], True where an image of own = (width, height) is to be drawn anew."""
+    """--mask -> bool, True where an image of own = (height, width) pixels is to be drawn anew: [size, size] by names, as
+    they mean cells of the grid, [height, width] from a file (black, and what is transparent, is kept)."""
     y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")     # centres of the cells
     cells = {"left": x < 0.5, "right": x > 0.5, "top": y < 0.5, "bottom": y > 0.5,         # a middle cell is in no half
              "center": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) < 0.25, "": x < 0}.get(text)
@@ -286,27 +286,51 @@ def read_mask(text, own, size, grid, seed):
         cells = torch.randperm(x.numel(), generator=seeded(seed, "mask")).view(grid) < round(share * x.numel())
     if cells is not None:
         return grow(cells, size // grid[0])
-    mask, (width, height) = read_picture(text, size, "an image, left, right, top, bottom, center or random:0.5")
-    if (width, height) != own:
-        raise UserError(f"{printable(text)} is {width}x{height}, its image {own[0]}x{own[1]}: give both the same size")
+    mask = read_picture(text, "an image, left, right, top, bottom, center or random:0.5", "black")
+    if mask.shape[1:] != own:
+        raise UserError(f"{printable(text)} is {mask.shape[2]}x{mask.shape[1]}, its image {own[1]}x{own[0]}: "
+                        "give both the same size")
     return mask.float().mean(0) > 127
+
+
+def resized(name, picture, size, mask=None):
+    """The central square of a picture uint8 [3, H, W] and of a mask of read_mask -> ([3, size, size], bool [size, size]);
+    warns if that resizes it. A resized pixel mixes several: where a mask [H, W] hides some of them, it is the mean of
+    the others, and is hidden itself if they are less than half."""
+    fit = lambda x: torch.from_numpy(np.array(square(Image.fromarray(x.numpy()), size)))
+    own, small = picture.shape[1:], torch.stack([fit(channel) for channel in picture])
+    if own == (size, size):
+        return small, mask
+    print(f"warning: {printable(name)} is {own[1]}x{own[0]}: its central square is resized to {size}x{size}")
+    if mask is None or mask.shape == (size, size):
+        return small, mask
+    weight = fit((~mask).float())
+    mean = torch.stack([fit(channel) for channel in picture * (~mask).float()]) / weight.clamp_min(0.5)
+    mask = weight < 0.5
+    return torch.where(mask, small, mean.round().clamp(0, 255).to(torch.uint8)), mask
 
 
 def read_captions(texts):
     """--caption -> list of captions. A name that ends in .txt stands for the lines of that file."""
     captions = []
     for text in texts:
-        if text.lower().endswith(".txt"):
-            with open(text, encoding="utf-8-sig", errors="replace") as file:
-                captions += [one_line(line) for line in file if line.strip()] or [""]
-        else:
+        if not text.lower().endswith(".txt"):
             captions.append(one_line(text))
+            continue
+        lines = []
+        if os.path.isfile(text):                                               # a named pipe might never end
+            with open(text, encoding="utf-8-sig", errors="replace") as file:
+                lines = [one_line(line) for line in file if line.strip()]
+        if not lines:
+            raise UserError(f"--caption {printable(text)}: expected a file with one caption a line")
+        captions += lines
     return captions
 
 
 def numbers(flag, text, least, most, between=None):
     """(a, b) from the text "a<between>b", (a, a) from "a"; UserError unless both are numbers in least..most."""
-    found = [float(part) if re.fullmatch(r"\d*\.?\d+", part) else math.nan for part in text.split(between)]
+    found = [float(part) if re.fullmatch(r"\d+\.?\d*|\.\d+", part, re.ASCII) else math.nan
+             for part in text.split(between)]
     if len(found) not in (1, 2) or not all(least <= value <= most for value in found):
         raise UserError(f"{flag}{printable(text)}: not a number, or not in {least}..{most}")
     return found[0], found[-1]
@@ -320,7 +344,8 @@ def grow(value, times):
 def page(path, tiles, labels, columns):
     """Writes a sheet of tiles [n, 3, H, W] uint8, each with its label below in at most three lines."""
     font, wide = ImageFont.load_default(12), max(8, tiles.shape[3] // 6)       # letters in a line
-    labels = [textwrap.wrap(label.encode("latin-1", "replace").decode("latin-1"), wide)[:3] for label in labels]
+    labels = [textwrap.wrap(label.encode("latin-1", "replace").decode("latin-1"), wide, max_lines=3, placeholder=" ...")
+              for label in labels]
     gap = 4 + 15 * max(map(len, labels))
     picture = sheet(tiles, columns, gap=gap)
     for i, lines in enumerate(labels):
@@ -349,7 +374,7 @@ def thinking(images, hidden, rank, scores, step, scale):
 def likelihood(model, tokenizer, path, captions, out, seed, how):
     """Prints the nats per token of an image file in raster, random and inferred order, and draws where they are."""
     N, (rows, cols), size = model.N, (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
-    picture, tiles, labels = read_picture(path, size)[0], [], []
+    picture, tiles, labels = resized(path, read_picture(path), size)[0], [], []
     tokens = tokenizer.encode(to_float(picture)[None].to(model.hop.device))
     for caption in captions:
         print(f"nats per token, caption {caption!r} (who knows nothing has ln({model.V}) = {math.log(model.V):.3f})")
@@ -372,11 +397,12 @@ def likelihood(model, tokenizer, path, captions, out, seed, how):
 
 def main():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
-    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, else anyorder.pt)")
+    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, else anyorder.pt, else raster.pt)")
     parser.add_argument("--order", choices=(*ORDERS, "frozen"), default=None,
-                        help="None: what the model was last trained for")
+                        help="None: learned once finetune.py has taught a head, inferred for an any-order model, "
+                             "else what the model was trained in")
     parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
-    parser.add_argument("--n", type=int, default=8, help="how many images (of each --caption)")
+    parser.add_argument("--n", type=int, default=8, help="images (of each --caption), at most 10,000 in all")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
     parser.add_argument("--parallel", metavar="S", type=int, default=0, help="draw in S steps, several cells at once")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that make up P")
@@ -384,17 +410,20 @@ def main():
     parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
     parser.add_argument("--mask", default="", help="left, right, top, bottom, center, random:0.5 or a file")
     parser.add_argument("--extend", metavar="WxH", default="", help="canvas in grids, IMAGE in its middle: 2x or 3x1")
-    parser.add_argument("--animate", metavar="SECONDS", type=float, nargs="?", const=4, default=4, help="GIF (0: none)")
-    parser.add_argument("--why", metavar="K", type=int, default=0, help="also a still of step K, with all scores")
-    parser.add_argument("--likelihood", metavar="IMAGE", default="", help="only print the nats per token of this image")
+    parser.add_argument("--animate", metavar="SECONDS", type=float, default=4, help="of the GIF (0: none)")
+    parser.add_argument("--why", metavar="K", type=int, default=0,
+                        help="also a still before the K-th cell is drawn, with all scores")
+    parser.add_argument("--likelihood", metavar="IMAGE", default=None,
+                        help="draw nothing, but tell the nats per token of this image, with --model and --caption")
     args = parser.parse_args()
-    if not (args.n > 0 <= args.parallel and 0 < args.top_p <= 1 and args.temperature >= 0 and 0 <= args.animate <= 600):
+    if not (0 < args.n <= 10_000 and args.parallel >= 0 and 0 < args.top_p <= 1 and 0 <= args.temperature <= 100
+            and 0 <= args.animate <= 600):
         raise UserError(f"--n {args.n} --parallel {args.parallel} --top-p {args.top_p} "
-                        f"--temperature {args.temperature} --animate {args.animate}: "
-                        "expected n > 0, top-p in (0, 1], animate up to 600, none negative")
+                        f"--temperature {args.temperature} --animate {args.animate}: expected n from 1 to 10,000, "
+                        "top-p in (0, 1], temperature up to 100, animate up to 600, none negative")
     if args.mask and not args.complete or args.complete and not args.mask + args.extend:
         raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
-    if args.likelihood and (args.complete or args.extend or args.why):
+    if args.likelihood is not None and (args.complete or args.extend or args.why):
         raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend and --why")
     guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
     wide, high = numbers("--extend ", args.extend.removesuffix("x"), 1, 8, "x") if args.extend else (1, 1)
@@ -415,9 +444,11 @@ def main():
     side, scale = size // grid[0], max(1, TILE // size)
     captions = read_captions(args.caption)
     model.check_words(captions)
-    if args.likelihood and process:
+    if args.n * len(captions) > 10_000:
+        raise UserError(f"--n {args.n} images of {len(captions):,} captions: expected at most 10,000 in all")
+    if args.likelihood is not None and process:
         return None                                                            # one image is not worth sharing
-    if args.likelihood:
+    if args.likelihood is not None:
         return likelihood(model, tokenizer, args.likelihood, captions or [""], args.out, args.seed, how)
 
     # a canvas of R x C cells with the image, where there is one, in its middle
@@ -425,8 +456,9 @@ def main():
     canvas = torch.full((3, R * side, C * side), 128, dtype=torch.uint8)
     hidden, tokens = torch.ones(R * side, C * side).bool(), torch.zeros(R, C, dtype=torch.long, device=device)
     if args.complete:
-        picture, own = read_picture(args.complete, size)
-        mask = read_mask(args.mask, own, size, grid, args.seed)
+        picture = read_picture(args.complete)
+        mask = read_mask(args.mask, picture.shape[1:], size, grid, args.seed)
+        picture, mask = resized(args.complete, picture, size, mask)
         seen = torch.where(mask, spread(to_float(picture), ~mask, side)[0], to_float(picture))     # hides the rest
         top, left = (R - grid[0]) // 2, (C - grid[1]) // 2
         tokens[top:top + grid[0], left:left + grid[1]] = tokenizer.encode(seen[None].to(device)).view(grid)
@@ -434,8 +466,10 @@ def main():
         canvas[:, *area], hidden[area] = picture, mask
     known = ~hidden.view(R, side, C, side).any(3).any(1)                       # cells hidden in part are drawn
     F = int((~known).sum())
-    if not 0 <= args.why <= F or args.why and how["order"] not in ("inferred", "learned", "sampled"):
-        raise UserError(f"--why {args.why}: expected a step from 1 to {F}, in inferred or learned order, not {order}")
+    if args.why and how["order"] not in ("inferred", "learned", "sampled"):
+        raise UserError(f"--why {args.why}: {order} order has no scores, choose inferred, frozen, learned or sampled")
+    if not 0 <= args.why <= F:
+        raise UserError(f"--why {args.why}: {F} cells are to be drawn, expected 1 to {F}, or 0 for none")
     captions = [caption for caption in captions or [""] for _ in range(args.n)]
     if not args.caption and not args.complete:
         every = model.about["captions"]
@@ -458,13 +492,17 @@ def main():
     columns = lambda n: max(1, n * size // (C * side))                         # n images, fewer if they are larger
     maps = torch.where(hidden, order_maps(rank * (R * C - 1) / max(1, F - 1), R, C, R * side), 225)
     page(stem + "_order.png", grow(maps, scale), captions, columns(8))
-    tiles, labels, rank, across = grow(images, scale), captions, rank.view(-1, R, C), 8
+    tiles, labels, rank, across = grow(images, scale), captions, rank.view(-1, R, C), columns(8)
     if args.complete:                                                          # step -1: no cell is framed
         given = thinking(canvas[None], hidden, rank[:1], [], -1, scale)
-        tiles = torch.cat([part for some in tiles.split(args.n) for part in (grow(canvas[None], scale), given, some)])
-        labels = [text for caption in captions[::args.n] for text in ["original", "given"] + [caption] * args.n]
-        across = args.n + 2 if args.n < 7 else (args.n + 3) // 2               # each caption begins a row
-    page(stem + ".png", tiles, labels, columns(across))
+        across = columns(args.n + 2 if args.n < 7 else (args.n + 3) // 2)
+        rest = -(args.n + 2) % across                                          # each caption begins a row
+        white = torch.full((rest, *tiles.shape[1:]), 255, dtype=torch.uint8)
+        tiles = torch.cat([part for some in tiles.split(args.n)
+                           for part in (grow(canvas[None], scale), given, some, white)])
+        labels = [text for caption in captions[::args.n]
+                  for text in ["original", "given"] + [caption] * args.n + [""] * rest]
+    page(stem + ".png", tiles, labels, across)
     print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
           + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
     across, few = columns(4), (images[:2 * columns(4)], hidden, rank[:2 * columns(4)], scores)

@@ -336,6 +336,9 @@ def test_captions_change_the_distribution_and_unknown_words_read_as_none():
     assert not torch.allclose(sun, sea) and not torch.allclose(sun, none) and torch.equal(none, unknown)
     with pytest.raises(data.UserError, match="sun"):
         model.check_words(["sunn"])
+    model.check_words(["sun", "Sun, sea", ""])
+    with pytest.raises(data.UserError, match="3 words: give at most 2"):
+        model.check_words(["sun", "sun sea sun"])
 
 
 def test_a_tiny_model_overfits_eight_images():
@@ -732,6 +735,13 @@ def test_parallel_drawing_takes_as_many_steps_as_asked(order):
     assert all(map(torch.equal, one, sample.generate(model, [""] * 6, order=order)))
 
 
+def test_the_order_of_a_caption_is_that_of_its_words():
+    model = tiny(1, 3)
+    model.about = {"caption_rank": torch.tensor([[2.0, 0, 1], [0, 2, 1]]), "captions": ["Low sun", "sea"]}
+    found = sample.caption_orders(model, ["Low sun", "low, sun", "sea", "sun low"])
+    assert found.tolist() == [[1, 2, 0], [1, 2, 0], [0, 2, 1], [0, 1, 2]]      # unknown: the mean rank, 1 1 1
+
+
 def test_parallel_drawing_from_the_command_line(chain, tmp_path, monkeypatch, capsys):
     out = start_of("finetune", chain, tmp_path / "out")
     shutil.copy(chain[1] / "ordered.pt", out)
@@ -782,6 +792,15 @@ def test_likelihood_keeps_the_likeliest_draw():
     assert gain[1] > gain[0]                                               # a cut in temperature in disguise
 
 
+def test_another_model_chooses_where_and_never_what():
+    model, policy = tiny(3, 3, codebook=7, seed=1), tiny(3, 3, codebook=7, seed=2)
+    policy.head.weight.data.zero_()                                        # knows nothing: argmax is always token 0
+    for score in SCORES:
+        drawn, order = sample.generate(model, ["sun"] * 4, "inferred", score=score, policy=policy, temperature=0)
+        again, _ = sample.generate(model, ["sun"] * 4, order, temperature=0)
+        assert torch.equal(drawn, again) and drawn.any(), score
+
+
 def test_samples_follow_the_model_distribution():
     model = tiny(1, 2, codebook=2, seed=1)
     images = all_images(2, 2)
@@ -809,6 +828,8 @@ def test_temperature_top_k_and_top_p_on_a_hand_worked_distribution():
     check([0.625, 0.375, 0.0, 0.0], top_p=0.7)                             # 0.5 is not enough, 0.8 is
     check([1.0, 0.0, 0.0, 0.0], top_p=0.1)
     assert sample.filtered(logits, temperature=0.5)[0, 0] > 0.6
+    for tiny_one in (0, 1e-300, 1e-38, 1e-7):                              # which would make logits infinite
+        assert sample.filtered(100 * logits, temperature=tiny_one).tolist() == [[1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("order", ("raster", "random", "inferred", "learned"))
@@ -2465,11 +2486,11 @@ def studio(tmp_path_factory):
 @pytest.fixture
 def paint(studio, monkeypatch, capsys):
     """paint(*flags) runs sample.py's main in this process
-    -> (exit code, what it printed, {picture: its tiles, labels})."""
+    -> (exit code, what it printed, {picture: its tiles, labels, columns})."""
     def run(*flags):
         pages = {}
         monkeypatch.setattr(sample, "page", lambda path, tiles, labels, columns: pages.update(
-            {str(path).split("/")[-1][:-4]: (tiles, labels)}))
+            {str(path).split("/")[-1][:-4]: (tiles, labels, columns)}))
         monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(studio), "--device", "cpu", "--n", "3",
                                           *map(str, flags)])
         code = 0
@@ -2649,9 +2670,15 @@ def test_captions_come_from_the_command_line_and_from_files(tmp_path):
     (tmp_path / "two.txt").write_bytes("\ufeffred sun\n\n  low\tsun \r\n".encode())
     assert sample.read_captions([]) == [] and sample.read_captions([""]) == [""]
     assert sample.read_captions(["sun", str(tmp_path / "two.txt"), ""]) == ["sun", "red sun", "low sun", ""]
+    (tmp_path / "empty.txt").write_text("\n")
+    os.mkfifo(tmp_path / "pipe.txt")                                           # nobody will ever write to it
+    for name in ("empty.txt", "pipe.txt", "missing.txt"):
+        with pytest.raises(UserError, match=name + ".*one caption a line"):
+            sample.read_captions([str(tmp_path / name)])
 
 
 def test_numbers():
+    assert sample.numbers("-g ", "1.", 0, 9) == (1, 1) and sample.numbers("-g ", ".5", 0, 9) == (0.5, 0.5)
     assert sample.numbers("-g ", "1.5", 0, 9, ":") == (1.5, 1.5) and sample.numbers("-g ", "0:3", 0, 9, ":") == (0, 3)
     for wrong in ("", "a", "1:2:3", "-1", "10", "nan", "inf", "1x2", ":", "1:"):
         with pytest.raises(UserError):
@@ -2711,6 +2738,9 @@ def test_a_caption_edits_and_each_caption_has_its_images(studio, paint):
     _, _, other = paint(*flags, "red", "red")
     first, second = tiles_of(pages, "completed"), tiles_of(other, "completed")
     assert not torch.equal(first[:3], second[:3])                              # same dice, another caption
+    for n in (6, 7, 8):
+        _, labels, columns = paint(*flags, "low sun", "red", "--n", n)[2]["completed"]
+        assert [i % columns for i, label in enumerate(labels) if label == "original"] == [0, 0]
 
 
 def test_an_extended_canvas_holds_the_image_untouched(studio, paint):
@@ -2718,7 +2748,7 @@ def test_an_extended_canvas_holds_the_image_untouched(studio, paint):
     for factor, height, width in (("2x", 32, 32), ("2x1", 16, 32), ("1.5x", 24, 24), ("1x3", 48, 16)):
         code, text, pages = paint("--complete", studio / "image.png", "--extend", factor, "--animate", 0,
                                   "--order", "random")
-        drawn = tiles_of(pages, "extended")
+        drawn = tiles_of(pages, "extended")[:3]                                # and white ones that fill the row
         assert code == 0 and drawn.shape == (3, 3, height, width), text
         top, left = ((side // 4 - 4) // 2 * 4 for side in (height, width))
         assert torch.equal(drawn[:, :, top:top + 16, left:left + 16], image.expand(3, -1, -1, -1))
@@ -2738,7 +2768,31 @@ def test_images_of_another_size_are_resized_with_a_warning(studio, paint, tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert sample.read_picture(tmp_path / "turned.jpg", 16)[1] == (31, 20)
+    assert sample.read_picture(tmp_path / "turned.jpg").shape == (3, 20, 31)
+
+
+@pytest.mark.parametrize("width, height", ((128, 128), (45, 30), (9, 20)))
+def test_what_lies_under_the_mask_of_a_resized_image_reaches_no_kept_pixel(tmp_path, width, height):
+    dice = torch.Generator().manual_seed(0)
+    whole = torch.randint(256, (3, height, width), generator=dice, dtype=torch.uint8)
+    hidden = torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 1, width) > 1.1
+    other = torch.where(hidden, 255 - whole, whole)
+    # black and white, and white on what is transparent
+    white = torch.full_like(hidden, 255, dtype=torch.uint8)
+    for layers in (hidden * white[None], torch.stack((white, hidden * white))):
+        Image.fromarray(layers.permute(1, 2, 0).squeeze(2).numpy()).save(tmp_path / "mask.png")
+        mask = sample.read_mask(str(tmp_path / "mask.png"), whole.shape[1:], 16, (4, 4), 0)
+        assert torch.equal(mask, hidden)
+    one, two = (sample.resized("it", picture, 16, mask) for picture in (whole, other))
+    assert torch.equal(one[1], two[1]) and torch.equal(one[0][:, ~one[1]], two[0][:, ~two[1]])
+    # what is hidden still shows the original, and away from the edge of the mask all is as without one
+    plain, none = sample.resized("it", whole, 16)
+    far = torch.nn.functional.avg_pool2d(one[1][None].float(), 13, 1, 6, count_include_pad=False)[0] == 0
+    assert none is None and far.any() and (plain.int() - one[0].int())[:, far].abs().max() <= 4    # Pillow's rounding
+    assert torch.equal(plain[:, one[1]], one[0][:, one[1]])
+    # a sky of one colour keeps it up to the edge
+    sky, _ = sample.resized("it", torch.where(hidden, whole, 200), 16, mask)
+    assert (sky[:, ~one[1]] == 200).all()
 
 
 def test_the_film_starts_with_what_is_given_and_ends_with_the_images(studio, paint):
@@ -2810,12 +2864,18 @@ def test_pictures_are_written_with_their_labels(tmp_path):
     (("--guidance", "nan"), "nan"),
     (("--caption", "{text}/no.txt"), "no.txt"),
     (("--caption", "zebra"), "zebra"),
+    (("--caption", "low low red sun"), "4 words"),
+    (("--n", 0), "--n 0"),
+    (("--n", 10_001), "10,000"),
+    (("--n", 5_001, "--caption", "sun", "red"), "10,000"),
+    (("--temperature", "inf"), "--temperature inf"),
     (("--why", 17), "16"),
     (("--why", -1), "--why"),
     (("--why", 3, "--order", "raster"), "raster"),
     (("--animate", -1), "--animate"),
     (("--likelihood", "{image}", "--extend", "2x"), "--likelihood"),
     (("--likelihood", "{text}"), "words.txt"),
+    (("--likelihood", ""), "cannot be read"),
 ))
 def test_what_sample_cannot_do_is_said_in_one_line(studio, paint, tmp_path, flags, needle):
     (tmp_path / "words.txt").write_text("no image")
@@ -3058,6 +3118,14 @@ def torchrun(program, *lines, every=0.1):
                            json.dumps([[str(word) for word in line] for line in lines])],
                           cwd=HERE, capture_output=True, text=True, timeout=180,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_leaves_flags_to_the_script(studio):
+    """`--n` alone could mean torchrun's --nnodes, and nothing would start."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--",
+                           "sample.py", "--out", studio, "--n", "0"], cwd=HERE, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode and "error: --n 0 " in done.stderr
 
 
 @pytest.fixture
