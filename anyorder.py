@@ -15,7 +15,7 @@ grid and as seen from the last one (the paper's double position):
                    |                 |                    |
     predicts       x_{o_0}           x_{o_1}              x_{o_2}
 
-reads    out/tokens.pt (made by tokenizer.py, which is run first where that file is missing)
+reads    out/tokens.pt and out/tokenizer.pt (tokenizer.py, which makes them, is run first where they are missing)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), a sheet of samples and a loss curve beside it
 run      python anyorder.py                        built-in sunsets: tokenizer 1 to 3, training 2 to 5 minutes, 2 cores
          python anyorder.py --data path/to/images  your own; folders and IDX files (see data.py)
@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from data import (UserError, arguments, fingerprint, load, on_interrupt, open_data, pick_device, restore, run, save,
                   save_picture, sheet, words_of)
-from tokenizer import SAVE_EVERY, Muon, batch_of, load_tokenizer, load_tokens, make_tokens, precision, seeded
+from tokenizer import (SAVE_EVERY, Muon, batch_of, load_tokenizer, load_tokens, make_tokens, precision, resume_path,
+                       seeded)
 
 HEAD = 32           # channels per attention head
 FEW = 16            # so many cells are looked at in one masked product; more of them by candidate_attention
@@ -475,12 +476,13 @@ def learning_rate(step, steps, peak):
 
 def join(device):
     """(rank, processes), joined through torchrun's variables where it started us, else (0, 1). Rank 0 alone prints."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1
     if not dist.is_initialized():
         if device.type == "cuda":                                          # from here on "cuda" is this process's own
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise UserError(f"more processes than GPUs: torchrun --nproc_per_node={torch.cuda.device_count()} -- ...")
+                raise UserError("more processes than GPUs: torchrun "
+                                f"--nproc_per_node={torch.cuda.device_count()} -- ...")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():
@@ -545,8 +547,9 @@ def save_model(path, model, **about):
 def load_model(path, device="cpu"):
     """An AnyOrder in eval mode from a .pt of anyorder.py or finetune.py; `.about` has what else the file tells (step,
     held_out, order, made_from). UserError for a missing, broken or foreign file."""
-    file = load(path, "model", "python anyorder.py")
-    model = restore(AnyOrder, file, path, "python anyorder.py")
+    maker = "python finetune.py" if os.path.basename(path).startswith("ordered") else "python anyorder.py"
+    file = load(path, "model", maker)
+    model = restore(AnyOrder, file, path, maker)
     model.about = about = {key: value for key, value in file.items() if key not in ("model", "config")}
     types = {"order": str, "captions": list, "data": str, "step": int, "tokens_seen": int, "seconds": float}
     more = {"score": str, "distance": float, "caption_rank": torch.Tensor}                 # after finetuning
@@ -555,7 +558,7 @@ def load_model(path, device="cpu"):
             and all(isinstance(text, str) for text in about["captions"] + model.config["words"])
             and ("caption_rank" not in about or about["caption_rank"].shape == (len(about["captions"]), model.N))
             and {"data", "tokenizer", "tokens"} <= about["made_from"].keys()):
-        raise UserError(f"{path} is damaged: run python anyorder.py again")
+        raise UserError(f"{path} is damaged: run {maker} again")
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -592,11 +595,11 @@ def main():
     parser.set_defaults(data=None)
     parser.add_argument("--order", choices=("random", "raster"), default="random",
                         help="random: any given order; raster: the baseline that draws left to right, top to bottom")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
-    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
-    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate (default 0.006)")
-    parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32 (default 128)")
-    parser.add_argument("--layers", type=int, default=6, help="transformer layers (default 6)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
+    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate")
+    parser.add_argument("--width", type=int, default=128, help="model width, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=6, help="transformer layers")
     parser.add_argument("--limit", type=int, default=0, help="train on the first N training images only (0: all)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
@@ -617,10 +620,15 @@ def main():
     path = os.path.join(args.out, "tokens.pt")
     if not os.path.exists(path) or (
             args.data and load_tokens(path)["made_from"]["data"] != open_data(args.data).fingerprint):
+        problem = f"{path} {'was made from other data' if os.path.exists(path) else 'does not exist'}"
+        if args.resume and (os.path.exists(path) or not os.path.exists(resume_path(args.out))):
+            raise UserError(f"{problem}, there is nothing to resume: give the same --data and --out as before, or "
+                            "leave out --resume")
         if rank == 0:
-            print(f"{path} {'was made from other data' if os.path.exists(path) else 'does not exist'}: "
-                  f"training a tokenizer first")
-            make_tokens(data=args.data or "sunsets", out=args.out, seed=args.seed, device=args.device)
+            print(f"{problem}: training a tokenizer first")
+            make_tokens(data=args.data or "sunsets", out=args.out, seed=args.seed, device=args.device,
+                        resume=args.resume)
+        args.resume = False                            # the tokenizer was interrupted, the model has not begun
         if world > 1:
             dist.barrier()
     held = open_tokens(args.out)
@@ -652,7 +660,7 @@ def main():
     settings = {**model.config, "optimizer": "Muon",
                 **{key: getattr(args, key) for key in ("order", "steps", "batch", "lr", "limit", "seed")}}
     parameters = sum(p.numel() for p in model.parameters())
-    kind = precision(device)
+    kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:
         file = load(unfinished, "unfinished", "python anyorder.py without --resume")
@@ -696,8 +704,9 @@ def main():
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
         if not math.isfinite(loss.item() + norm.item()):
-            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
-                            f"the last good model; try --lr {args.lr / 3:.2g}")
+            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: "
+                            + f"{target} keeps the last good model; " * (best < math.inf)
+                            + f"try --lr {args.lr / 3:.2g}")
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
@@ -725,7 +734,7 @@ def main():
             saved = time.time()
         if leave:
             bar.close()
-            print(f"stopped at step {step}: python anyorder.py --resume goes on from {unfinished}")
+            print(f"stopped at step {step}: the same command with --resume goes on from {unfinished}")
             raise KeyboardInterrupt
     bar.close()
     if rank:
@@ -742,7 +751,7 @@ def main():
                  sheet(tokenizer.decode(drawn), 8, scale=max(1, 128 // grid["size"])))
     print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
           f"{args.out}/{name}.png: samples of {', '.join(map(repr, shown[:8]))}, ...\n"
-          f"next: python order_infer.py --out {args.out}" if name == "anyorder" else f"{target} is the raster baseline")
+          + (f"next: python order_infer.py --out {args.out}" if name == "anyorder" else "this is the raster baseline"))
 
 
 if __name__ == "__main__":

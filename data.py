@@ -5,6 +5,8 @@
     open_data("fashion-mnist/")    IDX files, gzipped or not (or the path of one of them)
 
 Each item is (uint8 tensor [3, size, size], caption str), read when it is asked for: data may be larger than memory.
+Where there is no test split, a tenth is held out, of a folder by name: copies of an image may be on both sides. What
+data a .pt was made from is told by a fingerprint, for a folder of the names, sizes and captions of its files.
 In a sunset the sun *causes* the rest: its colour and place decide the sky, the lit side of every cloud, the haze on
 the hills and the glitter on the sea. So there is a best first thing to draw, and an order can find it.
 
@@ -48,6 +50,8 @@ GARMENTS = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".sp
 SUNSETS, SUNSETS_TRAIN = 50_000, 45_000
 SUNSETS_VERSION = 1      # to be raised when the renderer changes, so that old tokens are not mistaken for new ones
 
+TOO_LARGE = "error: out of memory: try a smaller --batch, smaller images or a smaller model"
+
 warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files would look like errors of ours
 
 
@@ -70,18 +74,22 @@ def run(main):
     keep_memory()
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
     except UserError as error:  # a DataLoader worker puts its traceback before the message: keep the last line
         end("error: " + re.sub(r"^\w+\.UserError: ", "", (str(error).strip().splitlines() or ["bad input"])[-1]))
     except KeyboardInterrupt:
         end("stopped" if os.environ.get("RANK", "0") == "0" else "", 130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        end("", 1)
     except (MemoryError, torch.OutOfMemoryError):
-        end("error: out of memory: try a smaller --batch")
+        end(TOO_LARGE)
     except OSError as error:
         end(f"error: {printable(error.filename or 'writing')}: {printable(error.strerror or error)}")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # so says torch on a CPU
+            end(TOO_LARGE)
         if "RANK" not in os.environ or not re.search("gloo|nccl", str(error).lower()):
             raise
         end("error: another process of this run has died, so this one ends too: that one's message tells why", 1)
@@ -120,7 +128,7 @@ def arguments(doc, flags=("data", "out", "seed", "device")):
     parser = argparse.ArgumentParser(description=" ".join(doc.strip().split("\n\n")[0].split()), allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = error
-    known = dict(data=dict(default="sunsets", help="a folder of images, an IDX file, or sunsets"),
+    known = dict(data=dict(default="sunsets", help="a folder of images, an IDX file, or sunsets (None: as before)"),
                  out=dict(default="out", help="the folder of all files that stages write and read"),
                  seed=dict(default=0, type=seed, help="makes runs on a CPU repeatable"),
                  device=dict(default="", help="cpu, cuda or mps; empty takes the best there is"))
@@ -451,13 +459,19 @@ def read_metadata(path):
         return {}
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # as os names files
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
             columns = reader.fieldnames or []
             if not {"file_name", "text"} <= set(columns):
                 raise UserError(f"{printable(path)} begins with {printable(','.join(columns))[:80]}, "
                                 "expected file_name,text")
-            return {os.path.normpath(row["file_name"]).replace("\\", "/"): one_line(row["text"] or "")
-                    for row in reader if row["file_name"]}
+            rows = {}
+            for row in reader:
+                if None in row:
+                    raise UserError(f"{printable(path)}, line {reader.line_num} has more than {len(columns)} columns: "
+                                    'put a caption with a comma in double quotes, "like, this"')
+                if row["file_name"]:
+                    rows[os.path.normpath(row["file_name"].replace("\\", "/"))] = one_line(row["text"] or "")
+            return rows
     except (csv.Error, OSError) as error:
         raise UserError(f"{printable(path)} is no readable csv file ({printable(error)}): mend or remove it") from None
 
@@ -503,7 +517,9 @@ class Idx(torch.utils.data.Dataset):
         labels = read_idx(files[part, "labels"], 1).tolist() if (part, "labels") in files else None
         if labels and len(labels) != len(self.images):
             raise UserError(f"{self.name} has {len(self.images)} images but {len(labels)} labels: fetch both again")
-        names = GARMENTS if "fashion" in os.path.abspath(path).lower() else []
+        folder, file = (os.path.abspath(path), "") if os.path.isdir(path) else os.path.split(os.path.abspath(path))
+        folder = folder.removesuffix(os.sep + "raw")  # where torchvision puts them
+        names = GARMENTS if "fashion" in (os.path.basename(folder) + file).lower() else []
         self.rows = [i for i in range(len(self.images)) if own_test or held_out(str(i)) == (split == "test")]
         words = [names[k] if k < len(names) else str(k) for k in range(256)]
         self.captions = [words[labels[i]] if labels else "" for i in self.rows]
@@ -728,7 +744,7 @@ def open_data(path="sunsets", size=32, split="train"):
             return Idx(path, size, split)
     except OSError as error:
         raise UserError(f"{printable(path)} cannot be read: {error.strerror}") from None
-    raise UserError(f"{printable(path)} does not exist: --data takes a folder, an IDX file, or sunsets")
+    raise UserError(f"{printable(path) or 'no path'} does not exist: --data takes a folder, an IDX file, or sunsets")
 
 
 def describe(dataset):

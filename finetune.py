@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (DROP, AnyOrder, interrupted, join, learning_rate, load_model, loss_curve, open_tokens,
+from anyorder import (DROP, AnyOrder, in_turn, interrupted, join, learning_rate, load_model, loss_curve, open_tokens,
                       optimizers, random_order, rank_of, raster_order, save_model)
 from data import UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save
 from order_infer import (check_model, images_at_once, load_orders, location_loss, over_free, rank_correlation,
@@ -98,11 +98,11 @@ def main():
     parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
                         help="what to specialise in")
     parser.add_argument("--rounds", type=int, default=None,
-                        help=f"parts of an inferred run, all but the first in the head's orders (default {ROUNDS})")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together (default 500)")
-    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes (default 32)")
+                        help=f"parts of an inferred run, all but the first in the head's orders (None: {ROUNDS})")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
+    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
     parser.add_argument("--lr", type=float, default=5e-4,
-                        help="peak learning rate (default 0.0005; raster order of thousands of images bears 0.004)")
+                        help="peak learning rate; raster order of thousands of images bears 0.004")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
     if args.rounds and args.order != "inferred":
@@ -142,7 +142,7 @@ def main():
                  "model": fingerprint(start_model.state_dict())}
     settings = {key: getattr(args, key) for key in ("order", "rounds", "steps", "batch", "lr", "seed")}
     settings["optimizer"] = "Muon"
-    kind = precision(device)
+    kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
     step, best, history, seconds = 0, math.inf, [], 0.0
     if args.resume:
         state = load(unfinished, "unfinished", "python finetune.py without --resume")
@@ -173,7 +173,7 @@ def main():
         bar.close()
         if rank == 0:
             remember()
-            print(f"stopped at step {step}: python finetune.py --resume goes on from {unfinished}")
+            print(f"stopped at step {step}: the same command with --resume goes on from {unfinished}")
         raise KeyboardInterrupt
 
     def heads_orders(seen):
@@ -188,6 +188,8 @@ def main():
         return torch.cat(found).split((len(seen), len(val)))
 
     if rank == 0:
+        if args.order in ("inferred", "class") and file["made_from"]["model"] != made_from["model"]:
+            print(f"the orders in {args.out}/orders.pt were inferred by another model than {source}")
         print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
               f"before: {evaluate()[0]:.3f} nats per token")
     stop, saved = on_interrupt(), time.time()
@@ -222,8 +224,9 @@ def main():
         (loss + place).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
         if not math.isfinite(loss.item() + place.item() + norm.item()):
-            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: {target} keeps "
-                            f"the last good model; try --lr {args.lr / 3:.2g}")
+            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: "
+                            + f"{target} keeps the last good model; " * (best < math.inf)
+                            + f"try --lr {args.lr / 3:.2g}")
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()

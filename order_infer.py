@@ -103,7 +103,7 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0, shor
     tokens [B, N] int64, captions: B strings or [B, L] word numbers -> order [B, N] int64. `score` as in
     location_scores; `distance` >= 0 in nats per grid diagonal pulls the next cell towards the last one. With
     `shortlist` K, only the K cells that the model's order head likes best are tried in each step: 1 leaves the choice
-    to the head alone, 0 tries all free cells. The images are split into batches whose activations stay within 64 MB.
+    to the head alone, 0 tries all free cells. The images are split into batches, see images_at_once.
     """
     if score not in SCORES:
         raise UserError(f"score {score!r} is not known: choose one of {', '.join(SCORES)}")
@@ -144,8 +144,8 @@ def shared_orders(model, tokens, words, score, distance, shortlist, kind, rank=0
 
 
 def images_at_once(model):
-    """The batch that keeps the widest activation, B x N x 4D float32, within 32 MB: what the caches of a CPU like."""
-    return max(1, 2 ** 23 // (model.N * 4 * model.config["width"]))
+    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it."""
+    return max(1, 2 ** 23 // (model.N * max(4 * model.config["width"], model.V)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,15 +237,16 @@ def load_orders(path, held):
     grid, own = (f"{c.get('rows')}x{c.get('cols')}" for c in (file["config"], held["config"]))
     if grid != own:
         raise UserError(f"{path} is for an {grid} grid, tokens.pt has {own}: run python order_infer.py again")
-    if file["made_from"].get("tokens") != held["fingerprint"]:
+    if file["made_from"].get("tokens") != held["fingerprint"] or file.get("captions") != held["captions"]:
         raise UserError(f"{path} was made from another tokens.pt: run python order_infer.py again")
     try:
         order, index = file["order"], file["index"] = file["order"].long(), file["index"].long()
         n, N = len(held["tokens"]), held["tokens"].shape[1]
         whole = (torch.equal(order.sort(1).values, torch.arange(N).expand(len(index), N))
-                 and 0 <= int(index.min()) <= int(index.max()) < n
+                 and 0 <= int(index.min()) <= int(index.max()) < n and bool((held["split"][index] == 0).any())
+                 and len(index.unique()) == len(order) and isinstance(file["made_from"]["model"], str)
                  and file["caption_rank"].shape == (len(held["captions"]), N) and not file["caption_rank"].isnan().any()
-                 and file["config"]["score"] in SCORES and file["config"]["distance"] >= 0)
+                 and file["config"]["score"] in SCORES and bool(0 <= file["config"]["distance"] < math.inf))
     except Exception:
         whole = False
     if not whole:
@@ -254,15 +255,18 @@ def load_orders(path, held):
 
 
 def check_model(model, path, held):
-    """UserError unless the model was trained on these tokens."""
-    if model.about["made_from"]["tokens"] != held["fingerprint"]:
+    """UserError unless the model knows any order, and was trained on these tokens and captions."""
+    made_from = {**held["made_from"], "tokens": held["fingerprint"]}
+    if {key: model.about["made_from"].get(key) for key in made_from} != made_from:
         raise UserError(f"{path} was trained on another tokens.pt: run python anyorder.py again")
+    if model.about["order"] == "raster":
+        raise UserError(f"{path} knows raster order only: give a model that knows any, such as anyorder.pt")
 
 
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
-    parser.add_argument("--model", default="", help="the any-order model (default OUT/anyorder.pt)")
+    parser.add_argument("--model", default="", help="the any-order model (empty: OUT/anyorder.pt)")
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
     parser.add_argument("--distance", type=float, default=0.0,
                         help="pull towards the last cell, nats per grid diagonal")
@@ -272,8 +276,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()
     args.limit = (1000 if args.fast else 4000) if args.limit is None else args.limit
-    if args.limit < 0 or not args.distance >= 0:
-        raise UserError(f"--limit {args.limit} --distance {args.distance}: both must be at least 0")
+    if args.limit < 0 or not 0 <= args.distance < math.inf:
+        raise UserError(f"--limit {args.limit} --distance {args.distance}: both must be at least 0, and finite")
     device = pick_device(args.device)
     rank, world = join(device)
     held = open_tokens(args.out, args.data)
@@ -281,6 +285,9 @@ def main():
     model = load_model(path, device)
     check_model(model, path, held)
     tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"))
+    if tokenizer.fingerprint != held["made_from"]["tokenizer"]:
+        raise UserError(f"{args.out}/tokens.pt was made by another tokenizer than {args.out}/tokenizer.pt: "
+                        "run python tokenizer.py")
 
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
     index = torch.cat((train[:args.limit or None], check))
@@ -297,7 +304,7 @@ def main():
              "made_from": {**model.about["made_from"], "model": fingerprint(model.state_dict())}}
     order, done, seconds, head = (torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32),
                                   0, 0.0, None)
-    kind = precision(device)
+    kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
     if args.resume:
         file = load(partial, "unfinished", "python order_infer.py without --resume")
         if {key: file[key] for key in about} != about:
@@ -309,11 +316,18 @@ def main():
         print(f"orders for {known:,} of {len(train):,} training images: "
               + ("a head learns from them and orders the others" if args.fast
                  else "--limit 0 infers them all, --fast estimates"))
+
+    def remember():
+        save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds,
+                       "head": head, "bfloat16": kind == torch.bfloat16})
+
     at_once, stop, saved, pupil = images_at_once(model), on_interrupt(), time.time(), None
     with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
         while done < len(index):
             start = time.time()
             if done >= exact and pupil is None:
+                if rank == 0:
+                    remember()                         # to learn takes a minute
                 some = index[:known]
                 pupil = learn_head(model, tokens[some].to(device), words[some].to(device),
                                    order[:known].long().to(device), args.seed,
@@ -330,12 +344,11 @@ def main():
             bar.update(len(rows))
             leave = interrupted(stop, device)
             if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
-                save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done,
-                               "seconds": seconds, "head": head, "bfloat16": kind == torch.bfloat16})
+                remember()
                 saved = time.time()
             if leave:
                 bar.close()
-                print(f"stopped after {done:,} images: python order_infer.py --resume goes on from {partial}")
+                print(f"stopped after {done:,} images: the same command with --resume goes on from {partial}")
                 raise KeyboardInterrupt
     if rank:
         return

@@ -42,8 +42,9 @@ BATCH = 32          # images drawn at once
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax; so is what would make logits infinite), then the top_k likeliest tokens (0: all), then
-    the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman et al. 2020)."""
+    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax, as is what would make logits infinite), then the
+    top_k likeliest tokens (0: all), then the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman
+    et al. 2020)."""
     if temperature < 1e-6:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     if not top_k and top_p >= 1:                       # nothing to cut, nothing to sort
@@ -276,8 +277,8 @@ def read_picture(path, expected="an image, such as a .png", over="white"):
 
 
 def read_mask(text, own, size, grid, seed):
-    """--mask -> bool, True where an image of own = (height, width) pixels is to be drawn anew: [size, size] by names, as
-    they mean cells of the grid, [height, width] from a file (black, and what is transparent, is kept)."""
+    """--mask -> bool, True where an image of own = (height, width) pixels is to be drawn anew: [size, size] by names,
+    as they mean cells of the grid, [height, width] from a file (black, and what is transparent, is kept)."""
     y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")     # centres of the cells
     cells = {"left": x < 0.5, "right": x > 0.5, "top": y < 0.5, "bottom": y > 0.5,         # a middle cell is in no half
              "center": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) < 0.25, "": x < 0}.get(text)
@@ -294,9 +295,9 @@ def read_mask(text, own, size, grid, seed):
 
 
 def resized(name, picture, size, mask=None):
-    """The central square of a picture uint8 [3, H, W] and of a mask of read_mask -> ([3, size, size], bool [size, size]);
-    warns if that resizes it. A resized pixel mixes several: where a mask [H, W] hides some of them, it is the mean of
-    the others, and is hidden itself if they are less than half."""
+    """The central square of a picture uint8 [3, H, W] and of a mask of read_mask -> ([3, size, size], bool [size,
+    size]); warns if that resizes it. A resized pixel mixes several: where a mask [H, W] hides some of them, it is the
+    mean of the others, and is hidden itself if they are less than half."""
     fit = lambda x: torch.from_numpy(np.array(square(Image.fromarray(x.numpy()), size)))
     own, small = picture.shape[1:], torch.stack([fit(channel) for channel in picture])
     if own == (size, size):
@@ -397,7 +398,7 @@ def likelihood(model, tokenizer, path, captions, out, seed, how):
 
 def main():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
-    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, else anyorder.pt, else raster.pt)")
+    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, anyorder.pt or raster.pt)")
     parser.add_argument("--order", choices=(*ORDERS, "frozen"), default=None,
                         help="None: learned once finetune.py has taught a head, inferred for an any-order model, "
                              "else what the model was trained in")

@@ -545,6 +545,11 @@ def test_a_head_orders_the_images_that_were_not_inferred(chain, tmp_path, monkey
             assert call(patch, capsys, "order_infer", "--out", parts, "--limit", 20, "--fast")[0] == 130
         assert call(monkeypatch, capsys, "order_infer", "--out", parts, "--limit", 20, "--fast", "--resume")[0] == 0
         assert same(fast / "orders.pt", parts / "orders.pt")
+    with monkeypatch.context() as patch:               # killed while the head learns: nothing exact is lost
+        patch.setattr(order_infer, "learn_head", lambda *rest: sys.exit(9))
+        assert call(patch, capsys, "order_infer", "--out", start_of("order_infer", chain, tmp_path / "killed"),
+                    "--limit", 20, "--fast")[0] == 9
+    assert torch.load(tmp_path / "killed" / "orders_resume.pt", weights_only=True)["done"] == n
     code, printed = call(monkeypatch, capsys, "order_infer", "--out", parts, "--limit", 0, "--fast")
     assert code == 2 and "smaller limit" in printed
 
@@ -904,6 +909,45 @@ def test_orders_of_another_grid_are_refused(chain, monkeypatch, capsys):
         (out / "orders.pt").write_bytes(good)
 
 
+def test_files_that_do_not_belong_together_are_refused(chain, tmp_path, monkeypatch, capsys):
+    def altered(name, change):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(chain[1], out)
+        file = torch.load(out / name, weights_only=True)
+        change(file)
+        data.save(out / name, file)
+        return out
+
+    def refused(stage, out, needle):
+        before = files_of(out)
+        code, printed = call(monkeypatch, capsys, stage, "--out", out, "--device", "cpu")
+        assert code == 2 and needle in printed and files_of(out) == before, printed
+
+    out = altered("tokens.pt", lambda file: file["made_from"].update(data="0123456789abcdef"))       # other captions
+    for stage in ("order_infer", "finetune"):
+        refused(stage, out, "anyorder.pt was trained on another tokens.pt")
+    out = altered("orders.pt", lambda file: file["captions"].reverse())
+    refused("finetune", out, "orders.pt was made from another tokens.pt")
+    out = altered("tokenizer.pt", lambda file: file["model"]["codebook"].mul_(2))
+    refused("order_infer", out, "another tokenizer")
+    for change in (lambda file: file["index"].fill_(int(file["index"][0])), lambda file: file["made_from"].clear(),
+                   lambda file: file["config"].update(distance=math.inf)):
+        refused("finetune", altered("orders.pt", change), "orders.pt")
+    # orders of another model are no error: that is what order_infer.py --model is for. But it is said
+    out = altered("orders.pt", lambda file: file["made_from"].update(model="0123456789abcdef"))
+    code, printed = call(monkeypatch, capsys, "finetune", "--out", out, "--steps", 1, "--batch", 4, "--device", "cpu")
+    assert code == 0 and "inferred by another model" in printed
+
+
+def test_an_interrupted_tokenizer_is_resumed_by_the_command_that_began_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(anyorder, "make_tokens", lambda **how: print("resume", how["resume"]) or sys.exit(130))
+    for exists, resume, expected in ((False, False, "resume False"), (False, True, "nothing to resume"),
+                                     (True, False, "resume False"), (True, True, "resume True")):
+        (tmp_path / "tokenizer_resume.pt").write_bytes(b"") if exists else None
+        _, printed = call(monkeypatch, capsys, "anyorder", "--out", tmp_path, *["--resume"] * resume)
+        assert expected in printed
+
+
 @pytest.mark.parametrize("script, flags, needle", (
     ("anyorder", ("--data", "no/such/path"), "no/such/path"),
     ("anyorder", ("--width", 33), "32"),
@@ -912,6 +956,9 @@ def test_orders_of_another_grid_are_refused(chain, monkeypatch, capsys):
     ("anyorder", ("--device", "toaster"), "toaster"),
     ("anyorder", ("--stepps", 3), "--stepps"),
     ("anyorder", ("--resume",), "anyorder_resume.pt"),
+    ("anyorder", ("--data", "sunsets", "--resume"), "made from other data, there is nothing to resume"),
+    ("order_infer", ("--distance", "inf"), "distance"),
+    ("order_infer", ("--model", "{out}/raster.pt"), "knows raster order only"),
     ("order_infer", ("--distance", -1), "distance"),
     ("order_infer", ("--data", "sunsets"), "python tokenizer.py"),
     ("finetune", ("--batch", 0), "--batch"),
@@ -1125,7 +1172,7 @@ def everything(path, size=8):
 def test_caption_comes_from_metadata_then_text_then_folder_then_nothing(tmp_path):
     for name in ("a/1.png", "a/2.PNG", "a/b/3.Jpeg", "4.webp", "5.gif", "6.bmp", "7.TIF"):
         picture(str(tmp_path / name))
-    (tmp_path / "metadata.csv").write_text('file_name,text\n"./a/1.png","one, two\nthree"\n4.webp,\ngone.png,lost\n')
+    (tmp_path / "metadata.csv").write_text('file_name,text\n".\\a\\1.png", "one, two\nthree"\n4.webp,\ngone.png,lost\n')
     (tmp_path / "a/1.txt").write_text("the row wins")
     (tmp_path / "a/2.txt").write_text("beside\nit \x1b[31m")
     (tmp_path / "4.txt").write_text("an empty row wins too")
@@ -1318,13 +1365,14 @@ def test_a_folder_takes_the_memory_of_one_image_per_worker(tmp_path):
 
 def idx(path, array, cut=None):
     raw = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
         file.write(raw[:cut])
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
-@pytest.mark.parametrize("place, words", [("digits", ["3", "9"]), ("fashion", ["dress", "boot"])])
+@pytest.mark.parametrize("place, words", [("digits", ["3", "9"]), ("fashion", ["dress", "boot"]),
+                                          ("FashionMNIST/raw", ["dress", "boot"]), ("fashion/digits", ["3", "9"])])
 def test_idx_files(tmp_path, gz, place, words):
     folder, images = tmp_path / place, np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
     for part, n in (("train", 2), ("t10k", 1)):
@@ -1526,13 +1574,19 @@ def test_load_refuses_what_it_should_in_one_line(tmp_path):
     (KeyboardInterrupt(), 130, "stopped\n"),
     (PermissionError(13, "Permission denied", "out/x\n.pt"), 2, "error: out/x\\n.pt: Permission denied\n"),
     (OSError(28, "No space left on device"), 2, "error: writing: No space left on device\n"),
-    (MemoryError(), 2, "error: out of memory: try a smaller --batch\n")])
+    (MemoryError(), 2, data.TOO_LARGE + "\n")])
 def test_run_turns_errors_into_one_line(capsys, error, code, line):
     def main():
         raise error
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == code and capsys.readouterr().err == line
+
+
+def test_run_knows_how_torch_says_that_memory_is_out(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: torch.empty(2 ** 55))
+    assert caught.value.code == 2 and capsys.readouterr().err == data.TOO_LARGE + "\n"
 
 
 def test_run_leaves_bugs_alone_and_returns_when_all_is_well():
@@ -1570,6 +1624,11 @@ def test_bad_arguments_are_one_line(tmp_path):
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"' + "x" * 200_000)
     with pytest.raises(UserError, match="csv"):
         open_data(tmp_path)
+    for text, message in (("a.png,red, big bird", "line 3 has more than 2 columns.*double quotes"),
+                          ('a.png,"a red bird\nb.png,blue', "no readable csv")):
+        (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,sun\n" + text + "\n")
+        with pytest.raises(UserError, match=message):
+            open_data(tmp_path)
     for name in ("gpu", "cuda:99", "meta", "cpu\n"):
         with pytest.raises(UserError, match="not available"):
             pick_device(name)
@@ -1820,6 +1879,42 @@ def test_tokens_are_as_small_as_the_codebook_allows(tmp_path, narrow):
         assert load_tokens(tmp_path / "out" / "tokens.pt")["tokens"].dtype == dtype
 
 
+def test_codes_are_learned_in_short_runs_too_and_long_ones_begin_at_once(tmp_path, narrow, monkeypatch):
+    arguments, calls = dict(data=write_drawings(tmp_path / "drawings", 24), size=8, codebook=16, batch=2), []
+    first_codes = Tokenizer.first_codes
+    monkeypatch.setattr(Tokenizer, "first_codes", lambda self, z, seed: calls.append(1) or first_codes(self, z, seed))
+    for steps in (1, 2, 4, 5, 9):
+        make_tokens(out=tmp_path / "out", steps=steps, **arguments)
+    assert len(calls) == 5
+    monkeypatch.setattr(tokenizer, "on_interrupt", lambda: StopAfter(2))
+    with pytest.raises(KeyboardInterrupt):
+        make_tokens(out=tmp_path / "long", steps=10 ** 12, **arguments)
+
+
+def test_nearest_codes_in_parts_are_the_nearest_codes():
+    model = Tokenizer(dict(size=8, downsample=4, codebook=65536, width=8, fine=8, dim=4))
+    z = torch.randn(2, 20, 30, 4)                                          # 1,200: more than are compared at once
+    found = model.nearest(z)
+    assert found.shape == (2, 20, 30)
+    few = torch.tensor([0, 500, 511, 512, 513, 1199])
+    assert torch.equal(found.flatten()[few], torch.cdist(z.flatten(0, 2)[few], model.codebook).argmin(1))
+
+
+def test_out_must_be_a_folder_apart_from_the_images(tmp_path, narrow):
+    folder = write_drawings(tmp_path / "drawings", 24)
+    (folder / "file").write_text("precious")
+    before = sorted(folder.iterdir())
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, folder / "out", tmp_path / "link" / "out"):
+        with pytest.raises(UserError, match="lies in --data"):
+            make_tokens(folder, out, size=8, codebook=16, steps=1)
+    for out in (folder / "file", folder / "file" / "out"):
+        with pytest.raises(UserError, match="cannot be written to|lies in"):
+            make_tokens("sunsets", out, size=8, codebook=16, steps=1)
+    assert sorted(folder.iterdir()) == before
+    make_tokens(folder, str(folder) + "_out", size=8, codebook=16, steps=1)          # beside it is good
+
+
 def test_fewer_images_than_a_batch(tmp_path, narrow):
     folder = write_drawings(tmp_path / "drawings", 3)
     for path in sorted(folder.iterdir())[1:]:           # one image is enough, wherever the split puts it
@@ -1897,6 +1992,8 @@ def test_tokenizer_refuses_the_state_of_another_optimizer(tmp_path, narrow, monk
 
 @pytest.mark.parametrize("flags, message", [
     (["--size", "30"], "--size 30 is not divisible by --downsample 4"),
+    (["--size", "9998"], "take --size 4096"),
+    (["--batch", "100000"], "at most 65,536"),
     (["--downsample", "3"], "--downsample 3 is not a power of two"),
     (["--codebook", "1"], "--codebook 1 is out of range"),
     (["--data", "no/such/folder"], "no/such/folder does not exist")])
@@ -2958,7 +3055,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, chain, tmp
         control_c(patch, 43 if stage == "tokenizer" else 4)
         code, printed = call(patch, capsys, stage, "--out", parts, *flags)
     left = next(parts.glob("*_resume.pt"))
-    assert code == 130 and f"python {stage}.py --resume goes on from {left}" in printed
+    assert code == 130 and f"the same command with --resume goes on from {left}" in printed
     code, printed = call(monkeypatch, capsys, stage, "--out", parts, *flags, "--resume")
     assert code == 0, printed
     assert same(whole / RESULT[stage], parts / RESULT[stage]) and not list(parts.glob("*_resume.pt"))
@@ -3108,7 +3205,7 @@ def torchrun(program, *lines, every=0.1):
     """Two processes, each on one thread, that call the scripts of `lines` in turn: one start of Python for them all.
     torchrun looks `every` so many seconds whether both are alive, and ends one whose fellow is not."""
     program = ("import importlib, json, os, signal, sys; import tokenizer, torch\n"
-               "tokenizer.precision = lambda device: torch.float32\n"             # before others import it
+               "tokenizer.precision = lambda device: (torch.float32 if os.environ['RANK'] == '0' else torch.bfloat16)\n"
                "import anyorder, data, order_infer, sample\n" + program +
                "\nfor script, *flags in json.loads(sys.argv[1]):\n"
                "    sys.argv = [script + '.py', *flags, '--device', 'cpu']\n"
@@ -3194,7 +3291,7 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_after_the_same_step(chain, fl
              "os.kill(os.getpid(), signal.{}), rate(step, *a)][1]")
     line = ["anyorder", "--out", two, *STAGES["anyorder"]]
     done = torchrun(third.format("SIGINT"), line)
-    assert done.returncode != 0 and done.stdout.count("stopped at step 3: python anyorder.py --resume goes on") == 1
+    assert done.returncode != 0 and done.stdout.count("stopped at step 3: the same command with --resume goes on") == 1
     assert done.stderr.count("stopped") == 1 and "gloo" not in done.stderr
     code, printed = call(monkeypatch, capsys, *line, "--resume")               # one process goes on where two stopped
     assert code == 0, printed

@@ -27,6 +27,7 @@ import hashlib
 import math
 import os
 import signal
+import tempfile
 import time
 from functools import lru_cache
 
@@ -36,15 +37,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (UserError, arguments, describe, fingerprint, load, on_interrupt, open_data, pick_device, printable,
-                  restore, run, save, save_picture, sheet, to_float)
+from data import (Folder, UserError, arguments, describe, fingerprint, load, on_interrupt, open_data, pick_device,
+                  printable, restore, run, save, save_picture, sheet, to_float)
 
 WIDTH, FINE = 96, 32            # channels at the resolution of the tokens, and at twice that in the decoder
 DIM = 16                        # dimensions of a code
-WARMUP = 40                     # steps without a codebook: it is then initialised from what the encoder has learned
+WARMUP = 40                     # steps without a codebook (half of a shorter run): it then begins as the encoder's z
 LR = 3e-3                       # at its peak, for both optimizers
-COMMIT = 0.25                   # weight of |z - code|^2, which keeps the encoder near the codes
-FORGET = 0.98                   # per step, of the running means that are the codebook
+COMMIT = 0.25                   # weight of the commitment loss |z - code|^2, which keeps the encoder near the codes
+DECAY = 0.98                    # per step, of the exponential moving averages that are the codebook
 RARE = 0.05                     # a code used less than this fraction of its fair share is moved to fresh data
 SAVE_EVERY = 30                 # seconds between two states to --resume from
 
@@ -149,6 +150,7 @@ class Tokenizer(nn.Module):
         self.register_buffer("total", torch.zeros(V, dim))                   # running mean of the sum of their z
         self.to(memory_format=torch.channels_last)                           # half the time on a CPU
         self.kind = torch.float32                                            # of the convolutions: train() has its own
+        self.warmup = WARMUP
 
     @torch.no_grad()
     def encode(self, images):
@@ -168,7 +170,9 @@ class Tokenizer(nn.Module):
 
     def nearest(self, z):
         """[..., dim] -> the index of the nearest code [...]. |z|^2 is the same for all codes and left out."""
-        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
+        few = z.reshape(-1, z.shape[-1]).split(max(1, 2 ** 25 // len(self.codebook)))    # distances of 128 MB at most
+        length = self.codebook.square().sum(1)
+        return torch.cat([(length - 2 * part @ self.codebook.T).argmin(1) for part in few]).view(z.shape[:-1])
 
     def draw(self, codes):
         """[B, rows, cols, dim] -> [B, 3, H, W], not yet clipped to [-1, 1]."""
@@ -187,9 +191,9 @@ class Tokenizer(nn.Module):
     def loss(self, images, step, seed=0):
         """One training step's loss, a scalar; also moves the codebook. `step` counts from 0, `seed` is for restarts."""
         z = self.latents(images)
-        if step < WARMUP:
+        if step < self.warmup:
             return picture_loss(self.draw(z), images)
-        if step == WARMUP:
+        if step == self.warmup:
             self.first_codes(z.detach().flatten(0, 2), seed)
         tokens = self.nearest(z.detach())
         code = self.codebook[tokens]
@@ -224,8 +228,8 @@ class Tokenizer(nn.Module):
         fair = V / len(z)
         uses = torch.bincount(tokens, minlength=V).to(z) * fair
         sums = torch.zeros_like(self.total).index_add_(0, tokens, z) * fair
-        self.count.lerp_(uses, 1 - FORGET)
-        self.total.lerp_(sums, 1 - FORGET)
+        self.count.lerp_(uses, 1 - DECAY)
+        self.total.lerp_(sums, 1 - DECAY)
         self.codebook.copy_(self.total / self.count.clamp(min=RARE / 10)[:, None])
         rare = (self.count < RARE).nonzero().flatten()
         fresh = z[torch.randint(len(z), (len(rare),), generator=seeded(seed, "restart", step)).to(z.device)]
@@ -300,8 +304,6 @@ def load_tokenizer(path, device="cpu"):
     """The Tokenizer in a file that this script wrote, ready to use: no dropout, no gradients."""
     def checked(config):
         check(config["size"], config["downsample"], config["codebook"], steps=1, batch=1, limit=0)
-        if config["size"] > 4096:                                # which open_data does not read
-            raise ValueError
         return Tokenizer(config)
 
     model = restore(checked, load(path, "tokenizer", "python tokenizer.py"), path, "python tokenizer.py")
@@ -333,10 +335,10 @@ def load_tokens(path):
     return saved
 
 
-def batches(dataset, index_lists):
-    """Reads images only as they are needed, in two other processes if it is worth starting them. For each list of
-    indices: (uint8 [B, 3, H, W], list of captions)."""
-    workers = 2 if sum(map(len, index_lists)) >= 2000 else 0
+def batches(dataset, index_lists, total):
+    """Reads images only as they are needed, in two other processes if `total` are worth starting them. For each of the
+    lists of indices, which may be made on the way: (uint8 [B, 3, H, W], list of captions)."""
+    workers = 2 if total >= 2000 else 0
     return DataLoader(dataset, batch_sampler=index_lists, num_workers=workers, collate_fn=collate,
                       worker_init_fn=leave_interrupts)
 
@@ -361,7 +363,7 @@ def read(model, dataset, indices, title="", compare=False):
     """Encode images of a dataset: (tokens [n, N] int64, n captions, mean PSNR in dB, or nan unless `compare`)."""
     device, tokens, captions, quality = model.codebook.device, [], [], [torch.tensor([math.nan])]
     with tqdm(total=len(indices), desc=title, unit="img", disable=not title) as bar:
-        for images, texts in batches(dataset, chunks(indices, model.config["size"])):
+        for images, texts in batches(dataset, chunks(indices, model.config["size"]), len(indices)):
             images = to_float(images.to(device))
             tokens.append(model.encode(images))
             captions += texts
@@ -389,7 +391,7 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
     model = Tokenizer(config).to(device)
     path, first, saved_at = resume_path(out), 0, time.time()
     asked = dict(config, steps=steps, batch=batch, seed=seed, images=len(learn), optimizer="Muon")
-    model.kind = precision(device)
+    model.kind, model.warmup = precision(device), min(WARMUP, steps // 2)
     if resume and os.path.exists(path):
         state = load(path, "tokenizer_resume", "python tokenizer.py without --resume")
         for name, made, now in [("data", state["made_from"].get("data"), dataset.fingerprint)] + [
@@ -408,9 +410,9 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
         print(f"resuming at step {first:,}" if first else f"nothing to resume in {printable(out)}: starting afresh")
 
     stop = on_interrupt()
-    plan = [[learn[i] for i in batch_of(step, batch, len(learn), seed)] for step in range(first, steps)]
+    plan = ([learn[i] for i in batch_of(step, batch, len(learn), seed)] for step in range(first, steps))
     with tqdm(total=steps * batch, initial=first * batch, desc="tokenizer", unit="img") as bar:
-        for step, (images, _) in enumerate(batches(dataset, plan), first):
+        for step, (images, _) in enumerate(batches(dataset, plan, batch * (steps - first)), first):
             loss = model.loss(to_float(images.to(device)), step, seed)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -436,7 +438,8 @@ def train(dataset, learn, look, config, steps, batch, seed, device, out, resume)
                 saved_at = time.time()
             if leave:
                 bar.close()
-                print(f"stopped at step {step + 1:,}: python tokenizer.py --resume goes on from {printable(path)}")
+                print(f"stopped at step {step + 1:,}: the same command with --resume goes on from "
+                      f"{printable(path)}")
                 raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)     # encoding again is little work: Ctrl-C ends it at once
     model.kind = torch.float32                                   # as it is when it comes from its file
@@ -455,8 +458,17 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, 
     began, device = time.time(), pick_device(device)
     check(size, downsample, codebook, steps, batch, limit)
     images, test = open_data(data, size, "train"), open_data(data, size, "test")
+    whole = os.path.join(os.path.realpath(data), "")
+    if isinstance(images, Folder) and os.path.join(os.path.realpath(out), "").startswith(whole):
+        raise UserError(f"--out {printable(out)} lies in --data {printable(data)}: its pictures would become training "
+                        "images, choose another --out")
+    try:                                                         # now: better to know at once
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"--out {printable(out)} cannot be written to ({printable(error.strerror)}): choose another "
+                        "folder") from None
     describe(images), describe(test)
-    os.makedirs(out, exist_ok=True)                              # now: if it cannot be written, better to know at once
     n = min(limit or len(images), len(images))
     held = held_back(n)
     learn = [i for i in range(n) if i not in held]
@@ -505,13 +517,14 @@ def check(size, downsample, codebook, steps, batch, limit):
     """UserError for flags that make no sense, with one that does."""
     if downsample < 2 or downsample & (downsample - 1):
         raise UserError(f"--downsample {downsample} is not a power of two: take 2, 4, 8 or 16")
-    if size < 1 or size % downsample:
-        raise UserError(f"--size {size} is not divisible by --downsample {downsample}: take --size "
-                        f"{max(1, round(size / downsample)) * downsample}")
+    if size % downsample or not 1 <= size <= 4096:
+        raise UserError(f"--size {size} is not divisible by --downsample {downsample}, or not in 1..4096: take --size "
+                        f"{min(max(1, round(size / downsample)), max(1, 4096 // downsample)) * downsample}")
     if not 2 <= codebook <= 65536:
         raise UserError(f"--codebook {codebook} is out of range: take 2 to 65536 codes, such as 512")
-    if steps < 1 or batch < 1 or limit < 0:
-        raise UserError(f"--steps {steps} --batch {batch} --limit {limit}: expected at least 1, 1 and 0")
+    if steps < 1 or not 1 <= batch <= 65536 or limit < 0:
+        raise UserError(f"--steps {steps} --batch {batch} --limit {limit}: expected at least 1, 1 and 0, and a batch "
+                        "of at most 65,536")
 
 
 def main():
