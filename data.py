@@ -125,10 +125,15 @@ def arguments(doc, flags=("data", "out", "seed", "device")):
     def error(message):
         raise UserError(f"{printable(message)}: {parser.prog} --help lists the flags")
 
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            told = action.default is not False and action.default not in (None, "", [])
+            return super()._get_help_string(action) if told else action.help
+
     parser = argparse.ArgumentParser(description=" ".join(doc.strip().split("\n\n")[0].split()), allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.error = error
-    known = dict(data=dict(default="sunsets", help="a folder of images, an IDX file, or sunsets (None: as before)"),
+    known = dict(data=dict(default="sunsets", help="a folder of images, an IDX file, or sunsets"),
                  out=dict(default="out", help="the folder of all files that stages write and read"),
                  seed=dict(default=0, type=seed, help="makes runs on a CPU repeatable"),
                  device=dict(default="", help="cpu, cuda or mps; empty takes the best there is"))

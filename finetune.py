@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
                         help="what to specialise in")
     parser.add_argument("--rounds", type=int, default=None,
-                        help=f"parts of an inferred run, all but the first in the head's orders (None: {ROUNDS})")
+                        help=f"parts of an inferred run, all but the first in the head's orders (default: {ROUNDS})")
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
     parser.add_argument("--lr", type=float, default=5e-4,

@@ -266,12 +266,12 @@ def check_model(model, path, held):
 def main():
     parser = arguments(__doc__)
     parser.set_defaults(data=None)
-    parser.add_argument("--model", default="", help="the any-order model (empty: OUT/anyorder.pt)")
+    parser.add_argument("--model", default="", help="the any-order model (default: OUT/anyorder.pt)")
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
     parser.add_argument("--distance", type=float, default=0.0,
                         help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=int, default=None, help="exact orders for the first N training images (0: for "
-                                                                "all; None: for 4000, with --fast 1000)")
+    parser.add_argument("--limit", type=int, default=None, help="exact orders for the first N training images, 0 for "
+                                                                "all (default: 4000, with --fast 1000)")
     parser.add_argument("--fast", action="store_true", help="let a head learn from these and order all others")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
     args = parser.parse_args()

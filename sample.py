@@ -398,9 +398,9 @@ def likelihood(model, tokenizer, path, captions, out, seed, how):
 
 def main():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
-    parser.add_argument("--model", default="", help="a .pt to draw with (empty: OUT/ordered.pt, anyorder.pt or raster.pt)")
+    parser.add_argument("--model", default="", help="a .pt (default: OUT/ordered.pt, anyorder.pt or raster.pt)")
     parser.add_argument("--order", choices=(*ORDERS, "frozen"), default=None,
-                        help="None: learned once finetune.py has taught a head, inferred for an any-order model, "
+                        help="default: learned once finetune.py has taught a head, inferred for an any-order model, "
                              "else what the model was trained in")
     parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
     parser.add_argument("--n", type=int, default=8, help="images (of each --caption), at most 10,000 in all")
