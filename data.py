@@ -331,8 +331,9 @@ def read_image(path, size=None, over="white"):
         except Exception:  # a broken EXIF block does not spoil the picture
             turn = None
     if image.mode[0] in "IF":  # 16-bit, 32-bit and float grey: white is 65535, or 1 for floats, or the maximum if above
-        white = max(1.0 if image.mode == "F" else 65535.0, image.getextrema()[1])
-        grey = np.nan_to_num(np.asarray(square(image.convert("F"), size))) * (255 / white)
+        grey = np.nan_to_num(np.asarray(image.convert("F")), posinf=0, neginf=0)
+        white = max(1.0 if image.mode == "F" else 65535.0, grey.max())
+        grey = np.asarray(square(Image.fromarray(grey), size)) * (255 / white)
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:  # also of palettes
         image = square(image.convert("RGBA"), size)

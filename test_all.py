@@ -1242,6 +1242,11 @@ def test_every_mode_becomes_rgb_over_white(tmp_path):
     assert centre(tmp_path / "float.tif") == [128] * 3
     Image.fromarray(np.array([[0, 255.0], [0, 255]], np.float32).repeat(8, 0).repeat(8, 1)).save(tmp_path / "float.tif")
     assert read_image(tmp_path / "float.tif", 8)[0, 0, [0, 7]].tolist() == [0, 255]
+    odd = np.full((8, 8), 100, np.float32)
+    odd[0, 0], odd[5, 5] = np.nan, np.inf                                      # the rest stays what it is
+    odd[7, 7] = 200
+    Image.fromarray(odd).save(tmp_path / "float.tif")
+    assert read_image(tmp_path / "float.tif", 8)[0, [0, 0, 5, 7], [0, 7, 5, 7]].tolist() == [0, 128, 0, 255]
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -2011,8 +2016,10 @@ def test_damaged_tokens_are_refused(tmp_path, narrow):
     folder = write_drawings(tmp_path / "drawings", 12)
     make_tokens(folder, tmp_path, size=8, codebook=16, steps=2, batch=2)
     good = load_tokens(tmp_path / "tokens.pt")
-    for key, value in dict(tokens=good["tokens"] + 16, split=good["split"][1:],
-                           caption_index=good["caption_index"] + 99, config=dict(good["config"], rows=3)).items():
+    for key, value in (("tokens", good["tokens"] + 16), ("split", good["split"][1:]),
+                       ("split", good["split"].clamp(min=1)),              # none to train on
+                       ("caption_index", good["caption_index"] + 99), ("config", {**good["config"], "rows": 3}),
+                       ("config", {**good["config"], "size": None})):
         save(tmp_path / "tokens.pt", {**good, key: value})
         with pytest.raises(UserError, match="damaged: run python tokenizer.py again"):
             load_tokens(tmp_path / "tokens.pt")

@@ -324,7 +324,8 @@ def load_tokens(path):
         tokens, index, split, config = (saved[key] for key in ("tokens", "caption_index", "split", "config"))
         whole = (tokens.shape == (len(split), config["rows"] * config["cols"]) and index.shape == split.shape
                  and not any(t.is_floating_point() for t in (tokens, index, split)) and len(tokens) > 0
-                 and 0 <= int(tokens.min()) <= int(tokens.max()) < config["codebook"] and split.max() <= 2
+                 and 0 <= int(tokens.min()) <= int(tokens.max()) < config["codebook"]
+                 and 0 == int(split.min()) <= int(split.max()) <= 2 and isinstance(config["size"], int)
                  and 0 <= int(index.min()) <= int(index.max()) < len(saved["captions"])
                  and all(isinstance(caption, str) for caption in saved["captions"])
                  and {"data", "tokenizer"} <= saved["made_from"].keys())
