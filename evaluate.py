@@ -32,6 +32,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -399,7 +400,7 @@ def open_rows(texts, out, tokenizer, device):
                             "and figures of different tokens do not compare: run python anyorder.py again")
         for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
             policy = None
-            if steps and not (steps.isascii() and steps.isdigit() and 0 < int(steps) < model.N):
+            if steps and not (re.fullmatch("[0-9]{1,9}", steps) and 0 < int(steps) < model.N):
                 raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
                                 f"or leave out @{printable(steps)}")
             if order == "frozen":
@@ -432,8 +433,12 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
         images += [pictures] if i < KEPT else []
     real, images = torch.cat(real), torch.cat(images)
     labels = [render_sunset(test.rows[j], images.shape[-1])[2] for j in some[:SAMPLE]] if test.name == "sunsets" else []
+    recon = torch.cat(recon)
+    few = min(n, len(real) // 2)                       # what n images that are as good as the real ones would be away
+    floor = [few, *(frechet(moments(x[:few]), moments(x[few:])) for x in (real, recon))]
     return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real),
-            "images": images, "recon": moments(torch.cat(recon)), "labels": torch.stack(labels) if labels else None}
+            "images": images, "recon": moments(recon), "floor": floor,
+            "labels": torch.stack(labels) if labels else None}
 
 
 @torch.inference_mode()
@@ -503,7 +508,7 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
 
     found, far, leaks = (torch.cat(found), torch.cat(in_turn(far)),
                          how["order"] == "inferred" and how["score"] == "likelihood")
-    if leaks:                                          # such an order looks at the content: its sum is no likelihood
+    if leaks or parallel:                              # such an order looks at the content, or is that of one by one
         nats = nats * math.nan
     labels, lower, sets = held["labels"], far[:, HALVES.index("bottom")], []
     for part in found.split(n):
@@ -512,14 +517,16 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
                      1000 * kernel_distance(part, held["features"]), *precision_recall(held["features"], part)))
     sets = torch.tensor(sets, dtype=torch.float64)                         # [draws, 5]
     spread = sets.std(0).tolist() if draws > 1 else (None, None)
-    before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
+    before = lambda a, b: (None if labels is None or parallel
+                           else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols))
     figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
                "bits": nats.mean().item() / math.log(2),
                **dict(zip(("frechet", "recon", "kid", "precision", "recall"), sets.mean(0).tolist())),
                "frechet_spread": spread[0], "recon_spread": spread[1], "lpips": far.mean().item(),
                "lpips_lower": lower.mean().item(), "lpips_lower_error": lower.std().item() / math.sqrt(len(lower)),
                "class_seen": sum(seen) / (draws * n) if judge.config["task"] == "captions" else None,
-               "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
+               "step": None if parallel else step_length(rank_of(ranks), cols),
+               "touches": None if parallel else touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
                "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
                "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / (draws * n),
@@ -882,17 +889,18 @@ def main():
     if args.speed:
         return None if process else speed_table(device, out)
     least = NEIGHBOURS + 1
-    if args.n < least or args.draws < 1 or args.batch < 1 or not (
+    if not least <= args.n <= 10 ** 6 or not 1 <= args.draws <= 1000 or args.batch < 1 or not (
             0 <= args.guidance <= 100 and 0 <= args.temperature <= 100):
         raise UserError(f"--n {args.n} --draws {args.draws} --batch {args.batch} --guidance {args.guidance} "
-                        f"--temperature {args.temperature}: n at least {least}, draws at least 1, batch at least 1, "
-                        "guidance and temperature in 0..100")
+                        f"--temperature {args.temperature}: n in {least}..1000000, draws in 1..1000, batch at least "
+                        "1, guidance and temperature in 0..100")
     if bool(args.lpips_backbone) != bool(args.lpips_linear):
         raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
     tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
     plan = open_rows(args.models, out, tokenizer, device)
     size, about = tokenizer.config["size"], plan[0][1].about
-    train, test = (open_data(args.data or about["data"], size, split) for split in ("train", "test"))
+    path = about["data"] if args.data is None else args.data
+    train, test = (open_data(path, size, split) for split in ("train", "test"))
     if train.fingerprint != about["made_from"]["data"]:
         raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: "
                         "name that by --data")
@@ -923,6 +931,7 @@ def main():
               "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
               "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
               "torch": torch.__version__, "tokenizer": frechet(held["recon"], held["moments"]),
+              "floor": dict(zip(("n", "real", "recon"), held["floor"])),
               "judge": None if args.inception else validate_judge(features, held["images"], args.seed), "rows": []}
     results, ranks, shown, first = report["rows"], [], [], None
     try:
@@ -968,7 +977,10 @@ def print_report(report, columns):
           f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones "
           f"at {report['size']}x{report['size']}; "
           f"seed {report['seed']}, guidance {report['guidance']}, temperature {report['temperature']}\n"
-          f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to held-out images")
+          f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to the same images\n"
+          f"{report['floor']['n']:,} held-out images are {report['floor']['real']:.3f} from the others, their "
+          f"reconstructions {report['floor']['recon']:.3f} from those of the others: rows of as many images cannot be "
+          "told apart below that, and distances of different --n do not compare")
     if judge:
         series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how])
                            for how in ("noise", "blur", "shuffle"))

@@ -939,6 +939,72 @@ def test_files_that_do_not_belong_together_are_refused(chain, tmp_path, monkeypa
     assert code == 0 and "inferred by another model" in printed
 
 
+@pytest.mark.parametrize("stage", ("anyorder", "finetune"))
+def test_training_sees_training_images_only_and_most_captions(stage, chain, tmp_path, monkeypatch, capsys):
+    out, seen, forward = start_of(stage, chain, tmp_path / "out"), {True: [], False: []}, AnyOrder.forward
+    held = anyorder.open_tokens(out)
+    rows = [{tuple(row) for row in held["tokens"][held["split"] == part].tolist()} for part in range(3)]
+    assert all(rows) and not rows[0] & (rows[1] | rows[2]) and not rows[1] & rows[2]
+
+    def spy(self, tokens, words, order):
+        seen[torch.is_grad_enabled()].append((tokens, words))
+        return forward(self, tokens, words, order)
+    monkeypatch.setattr(AnyOrder, "forward", spy)
+    code, printed = call(monkeypatch, capsys, stage, "--out", out, *STAGES[stage], "--steps", 20, "--device", "cpu")
+    assert code == 0, printed
+    trained, checked = ([tuple(row) for tokens, _ in seen[grad] for row in tokens.tolist()] for grad in (True, False))
+    assert len(trained) == 160 and set(trained) <= rows[0] and set(checked) == rows[1]
+    told = torch.cat([words for _, words in seen[True]]).any(1).float().mean()
+    assert 0.75 < told < 0.99 and all(words.any(1).all() for _, words in seen[False])
+
+
+def test_the_head_learns_from_locations_that_were_chosen_not_given(chain, tmp_path, monkeypatch, capsys):
+    given, pulls, first, loss = [], [], finetune.given_first, finetune.location_loss
+
+    def spy_first(*rest):
+        order, count = first(*rest)
+        given.append(count)
+        return order, count
+
+    def spy_loss(where, order):
+        nats = loss(where, order)
+        nats.register_hook(pulls.append)
+        return nats
+    monkeypatch.setattr(finetune, "given_first", spy_first)
+    monkeypatch.setattr(finetune, "location_loss", spy_loss)
+    code, printed = call(monkeypatch, capsys, "finetune", "--out", start_of("finetune", chain, tmp_path / "out"),
+                         "--steps", 8, "--batch", 8, "--rounds", 1, "--device", "cpu")
+    assert code == 0 and len(pulls) == 8 and torch.cat(given).any(), printed
+    for count, pull in zip(given, pulls):
+        assert torch.equal(pull > 0, torch.arange(pull.shape[1]) >= count) and (pull >= 0).all()
+
+
+def test_completions_are_judged_where_they_were_drawn(chain, tmp_path, monkeypatch, capsys):
+    shutil.copytree(chain[1], tmp_path / "out")
+    seen, lpips = [], evaluate.lpips
+
+    def spy(drawn, truth, net):
+        seen.append((drawn, truth, lpips(drawn, truth, net)))
+        return seen[-1][2]
+    monkeypatch.setattr(evaluate, "lpips", spy)
+    code, printed = call(monkeypatch, capsys, "evaluate", "--out", tmp_path / "out", "--n", 6, "--device", "cpu",
+                         "--models", tmp_path / "out" / "anyorder.pt:random", tmp_path / "out" / "ordered.pt:learned@4")
+    assert code == 0 and len(seen) == 8, printed
+    halves = {"left": (slice(None), slice(8)), "right": (slice(None), slice(8, None)), "top": (slice(8), slice(None)),
+              "bottom": (slice(8, None), slice(None))}
+    for half, (drawn, truth, _) in zip(evaluate.HALVES, seen):
+        differs = torch.zeros(16, 16).bool()
+        differs[halves[half]] = True
+        assert (drawn == truth)[:, :, ~differs].all() and not (drawn == truth)[:, :, differs].all()
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    row, several = report["rows"]
+    assert row["nats"] > 0 and several["nats"] is several["step"] is None      # nats are those of one cell at a time
+    few, every = report["floor"]["n"], report["held_out"]
+    assert few == min(6, every // 2) and report["floor"]["real"] > 0 < report["floor"]["recon"]
+    far = {half: found.mean().item() for half, (_, _, found) in zip(evaluate.HALVES, seen)}
+    assert row["lpips_lower"] == pytest.approx(far["bottom"]) and row["lpips"] == pytest.approx(sum(far.values()) / 4)
+
+
 def test_an_interrupted_tokenizer_is_resumed_by_the_command_that_began_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(anyorder, "make_tokens", lambda **how: print("resume", how["resume"]) or sys.exit(130))
     for exists, resume, expected in ((False, False, "resume False"), (False, True, "nothing to resume"),
