@@ -981,20 +981,26 @@ def test_the_head_learns_from_locations_that_were_chosen_not_given(chain, tmp_pa
 
 def test_completions_are_judged_where_they_were_drawn(chain, tmp_path, monkeypatch, capsys):
     shutil.copytree(chain[1], tmp_path / "out")
-    seen, lpips = [], evaluate.lpips
+    seen, kept, lpips, generate = [], [], evaluate.lpips, evaluate.generate
+
+    def spy_generate(*rest, keep=None, **how):
+        kept.extend([] if keep is None or keep.all() else [keep])
+        return generate(*rest, keep=keep, **how)
 
     def spy(drawn, truth, net):
         seen.append((drawn, truth, lpips(drawn, truth, net)))
         return seen[-1][2]
     monkeypatch.setattr(evaluate, "lpips", spy)
+    monkeypatch.setattr(evaluate, "generate", spy_generate)
     code, printed = call(monkeypatch, capsys, "evaluate", "--out", tmp_path / "out", "--n", 6, "--device", "cpu",
                          "--models", tmp_path / "out" / "anyorder.pt:random", tmp_path / "out" / "ordered.pt:learned@4")
     assert code == 0 and len(seen) == 8, printed
     halves = {"left": (slice(None), slice(8)), "right": (slice(None), slice(8, None)), "top": (slice(8), slice(None)),
               "bottom": (slice(8, None), slice(None))}
-    for half, (drawn, truth, _) in zip(evaluate.HALVES, seen):
+    for half, keep, (drawn, truth, _) in zip(evaluate.HALVES, kept, seen):
         differs = torch.zeros(16, 16).bool()
         differs[halves[half]] = True
+        assert torch.equal(keep.view(4, 4), ~differs[::4, ::4])
         assert (drawn == truth)[:, :, ~differs].all() and not (drawn == truth)[:, :, differs].all()
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     row, several = report["rows"]
