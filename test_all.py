@@ -2609,8 +2609,11 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
                              data="other")
     data.save(tmp_path / "elsewhere.pt", file)
     data.sheet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "picture.png")
-    for flags, message in ((("--n", 3), "n at least 4"), (("--batch", 0), "batch at least"),
-                           (("--draws", 0), "draws at least 1"), (("--temperature", -1), "temperature in 0..100"),
+    before = files_of(out)
+    for flags, message in ((("--n", 3), "n in 4..1000000"), (("--n", 10 ** 20), "n in 4..1000000"),
+                           (("--batch", 0), "batch at least"), (("--draws", 0), "draws in 1..1000"),
+                           (("--temperature", -1), "temperature in 0..100"), (("--data", ""), "no path does not exist"),
+                           (("--models", f"{out}/ordered.pt:learned@" + 5000 * "9"), "drawing takes 1 to"),
                            (("--temperature", "nan"), "temperature in 0..100"),
                            (("--models", tmp_path / "foreign.pt"), "another tokenizer"),
                            (("--models", f"{out}/raster.pt:learned"), "knows no learned order"),
@@ -2625,6 +2628,7 @@ def test_bad_input_gets_one_line(evaluated, quick, monkeypatch, capsys, tmp_path
                            (("--data", tmp_path), "error")):
         code, _, error = evaluation(monkeypatch, capsys, out, *flags)
         assert code == 2 and message in error and error.strip().count("\n") == 0, (flags, error)
+    assert files_of(out) == before
     code, _, error = evaluation(monkeypatch, capsys, tmp_path)
     assert code == 2 and "tokenizer.pt does not exist" in error
 
