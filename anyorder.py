@@ -520,6 +520,15 @@ def open_tokens(out, data=None):
     return held
 
 
+def open_tokenizer(out, held, device="cpu"):
+    """The Tokenizer in `out` that made the tokens `held` there. UserError if another one did."""
+    path = os.path.join(out, "tokenizer.pt")
+    tokenizer = load_tokenizer(path, device)
+    if tokenizer.fingerprint != held["made_from"]["tokenizer"]:
+        raise UserError(f"{out}/tokens.pt was made by another tokenizer than {path}: run python tokenizer.py")
+    return tokenizer
+
+
 def vocabulary(held):
     """(words, caption_length) of the training captions in tokens.pt."""
     captions = [held["captions"][i] for i in held["caption_index"][held["split"] == 0].unique().tolist()]
@@ -638,9 +647,7 @@ def main():
     torch.manual_seed(args.seed)
     model = AnyOrder({"rows": grid["rows"], "cols": grid["cols"], "codebook": V, "width": args.width,
                       "layers": args.layers, "order_head": False, "words": words, "caption_length": length}).to(device)
-    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
-    if tokenizer.fingerprint != held["made_from"]["tokenizer"]:
-        raise UserError(f"{path} was made by another tokenizer than {args.out}/tokenizer.pt: run python tokenizer.py")
+    tokenizer = open_tokenizer(args.out, held, device)
     with torch.no_grad():                              # codes that look alike begin alike: a random projection of them
         book = (tokenizer.codebook - tokenizer.codebook.mean(0)) / tokenizer.codebook.std()             # [V, dim]
         mix = torch.randn(book.shape[1], args.width) * 0.04 / book.shape[1] ** 0.5

@@ -435,9 +435,9 @@ def open_held(test, tokenizer, features, n, batch, seed, device):
     labels = [render_sunset(test.rows[j], images.shape[-1])[2] for j in some[:SAMPLE]] if test.name == "sunsets" else []
     recon = torch.cat(recon)
     few = min(n, len(real) // 2)                       # what n images that are as good as the real ones would be away
-    floor = [few, *(frechet(moments(x[:few]), moments(x[few:])) for x in (real, recon))]
+    apart = lambda x: frechet(moments(x[:few]), moments(x[few:]))
     return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real),
-            "images": images, "recon": moments(recon), "floor": floor,
+            "images": images, "recon": moments(recon), "floor": {"n": few, "real": apart(real), "recon": apart(recon)},
             "labels": torch.stack(labels) if labels else None}
 
 
@@ -517,20 +517,20 @@ def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, bat
                      1000 * kernel_distance(part, held["features"]), *precision_recall(held["features"], part)))
     sets = torch.tensor(sets, dtype=torch.float64)                         # [draws, 5]
     spread = sets.std(0).tolist() if draws > 1 else (None, None)
-    before = lambda a, b: (None if labels is None or parallel
-                           else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols))
+    before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
     figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
                "bits": nats.mean().item() / math.log(2),
                **dict(zip(("frechet", "recon", "kid", "precision", "recall"), sets.mean(0).tolist())),
                "frechet_spread": spread[0], "recon_spread": spread[1], "lpips": far.mean().item(),
                "lpips_lower": lower.mean().item(), "lpips_lower_error": lower.std().item() / math.sqrt(len(lower)),
                "class_seen": sum(seen) / (draws * n) if judge.config["task"] == "captions" else None,
-               "step": None if parallel else step_length(rank_of(ranks), cols),
-               "touches": None if parallel else touching(ranks, rows, cols),
+               "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
                "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
                "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
                "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / (draws * n),
                "images_per_second": draws * n * world / sum(seconds), "weights": fingerprint(model.state_dict())}
+    if parallel:                                       # these, too, are of one by one
+        figures.update(dict.fromkeys(("step", "touches", "sun_first", "glitter_last")))
     return figures, nats, ranks, show[0]
 
 
@@ -931,7 +931,7 @@ def main():
               "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
               "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
               "torch": torch.__version__, "tokenizer": frechet(held["recon"], held["moments"]),
-              "floor": dict(zip(("n", "real", "recon"), held["floor"])),
+              "floor": held["floor"],
               "judge": None if args.inception else validate_judge(features, held["images"], args.seed), "rows": []}
     results, ranks, shown, first = report["rows"], [], [], None
     try:

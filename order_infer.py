@@ -36,10 +36,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokens, rank_of)
+from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokenizer,
+                      open_tokens, rank_of)
 from data import (UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save, save_picture, sheet,
                   to_uint8)
-from tokenizer import SAVE_EVERY, batch_of, load_tokenizer, precision, seeded
+from tokenizer import SAVE_EVERY, batch_of, precision, seeded
 
 HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
 
@@ -284,10 +285,7 @@ def main():
     path = args.model or os.path.join(args.out, "anyorder.pt")
     model = load_model(path, device)
     check_model(model, path, held)
-    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"))
-    if tokenizer.fingerprint != held["made_from"]["tokenizer"]:
-        raise UserError(f"{args.out}/tokens.pt was made by another tokenizer than {args.out}/tokenizer.pt: "
-                        "run python tokenizer.py")
+    tokenizer = open_tokenizer(args.out, held)
 
     train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
     index = torch.cat((train[:args.limit or None], check))

@@ -305,8 +305,9 @@ def resized(name, picture, size, mask=None):
     print(f"warning: {printable(name)} is {own[1]}x{own[0]}: its central square is resized to {size}x{size}")
     if mask is None or mask.shape == (size, size):
         return small, mask
-    weight = fit((~mask).float())
-    mean = torch.stack([fit(channel) for channel in picture * (~mask).float()]) / weight.clamp_min(0.5)
+    kept = (~mask).float()
+    weight = fit(kept)
+    mean = torch.stack([fit(channel) for channel in picture * kept]) / weight.clamp_min(0.5)
     mask = weight < 0.5
     return torch.where(mask, small, mean.round().clamp(0, 255).to(torch.uint8)), mask
 
