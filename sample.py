@@ -18,9 +18,12 @@ run      python sample.py --caption "low red sun on the left two clouds"    8 s;
          python sample.py --complete photo.png --mask hat.png --caption sun a sun where hat.png is white
          python sample.py --complete photo.png --extend 3x1                 what is left and right of it
          python sample.py --likelihood photo.png                            its nats per token in three orders
+         python sample.py --n 1000 --each out/images                        each also as a file of its own
 not here training, quality figures (evaluate.py)
 """
 
+import csv
+import io
 import math
 import os
 import re
@@ -356,6 +359,17 @@ def page(path, tiles, labels, columns):
     save_picture(path, picture)
 
 
+def save_each(folder, images, captions):
+    """Writes each image [3, H, W] uint8 as 00000.png, ..., and the captions as metadata.csv: --data for data.py."""
+    names = [f"{i:05d}.png" for i in range(len(images))]
+    for name, image in zip(names, images):
+        save_picture(os.path.join(folder, name), sheet([image], 1, gap=0))
+    text = io.StringIO()
+    csv.writer(text).writerows([("file_name", "text"), *zip(names, captions)])
+    with replacing(os.path.join(folder, "metadata.csv")) as file:
+        file.write(text.getvalue().encode())
+
+
 def thinking(images, hidden, rank, scores, step, scale):
     """uint8 images [n, 3, H, W] after `step` steps, enlarged. Free cells are squares, dark for the lowest score in
     their image to bright for the highest, grey without; the next is framed. rank [n, R, C] is below 0 where given."""
@@ -412,6 +426,8 @@ def main():
     parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
     parser.add_argument("--mask", default="", help="left, right, top, bottom, center, random:0.5 or a file")
     parser.add_argument("--extend", metavar="WxH", default="", help="canvas in grids, IMAGE in its middle: 2x or 3x1")
+    parser.add_argument("--each", metavar="FOLDER", default="",
+                        help="also each image as a file of its own, and metadata.csv with the captions")
     parser.add_argument("--animate", metavar="SECONDS", type=float, default=4, help="of the GIF (0: none)")
     parser.add_argument("--why", metavar="K", type=int, default=0,
                         help="also a still before the K-th cell is drawn, with all scores")
@@ -425,8 +441,10 @@ def main():
                         "top-p in (0, 1], temperature up to 100, animate up to 600, none negative")
     if args.mask and not args.complete or args.complete and not args.mask + args.extend:
         raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
-    if args.likelihood is not None and (args.complete or args.extend or args.why):
-        raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend and --why")
+    if args.likelihood is not None and (args.complete or args.extend or args.why or args.each):
+        raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend, --why and --each")
+    if args.each and os.path.exists(args.each) and not (os.path.isdir(args.each) and not os.listdir(args.each)):
+        raise UserError(f"--each {printable(args.each)} is not an empty folder: nothing is overwritten, give a new one")
     guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
     wide, high = numbers("--extend ", args.extend.removesuffix("x"), 1, 8, "x") if args.extend else (1, 1)
     device = pick_device(args.device)
@@ -507,6 +525,9 @@ def main():
     page(stem + ".png", tiles, labels, across)
     print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
           + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
+    if args.each:
+        save_each(args.each, images, captions)
+        print(f"{args.each}: {len(images)} images of {C * side}x{R * side} pixels, and metadata.csv")
     across, few = columns(4), (images[:2 * columns(4)], hidden, rank[:2 * columns(4)], scores)
     if args.animate:
         frames = [sheet(thinking(*few, step, scale), across) for step in sorted({round(i * F / 64) for i in range(65)})]

@@ -2549,6 +2549,43 @@ def test_evaluate_from_the_command_line(evaluated, quick, monkeypatch, capsys):
                zip(cooler, report["rows"], strict=True)) and "temperature 0.5" in printed
 
 
+def test_a_row_compares_what_was_drawn_with_the_images_and_with_their_reconstructions(evaluated, quick, monkeypatch):
+    """A model that draws the first 12 of 30 held-out images as the tokenizer keeps them, and a judge that tells the
+    captions of 8."""
+    out, models = evaluated
+    tokenizer = evaluate.load_tokenizer(out / "tokenizer.pt")
+    features = lambda images: to_float(images).flatten(1)[:, :6]               # [n, 6]
+    held = evaluate.open_held(open_data("sunsets", 8, "test"), tokenizer, features, 12, 4, 0, torch.device("cpu"))
+    classes, turn = sorted({*held["captions"], "nothing like it"}), iter(range(0, 12, 4))
+
+    def draws(model, captions, *args, given=None, **how):
+        i = next(turn) if given is None else 0
+        tokens = held["tokens"][i:i + len(captions)]
+        return tokens, raster_order(*tokens.shape)
+
+    def judge(images):
+        i = judge.seen = judge.seen + len(images)
+        right = torch.tensor([classes.index(caption) for caption in held["captions"][i - len(images):i]])
+        guess = (right + (torch.arange(i - len(images), i) >= 8)) % len(classes)
+        return torch.nn.functional.one_hot(guess, len(classes))
+
+    judge.seen, judge.config = 0, {"task": "captions", "classes": classes}
+    monkeypatch.setattr(evaluate, "generate", draws)
+    monkeypatch.setattr(evaluate, "lpips", lambda a, b, network: (a - b).square().mean((1, 2, 3)))
+    model = models["anyorder"]
+    model.about = {"step": 1, "tokens_seen": 1, "seconds": 1.0}
+    row, _, _, _ = evaluate.evaluate_row(("drawn", model, "random", 0, None), held, tokenizer, features, judge, None,
+                                         12, 1, 4, 1.0, 1.0, 0)
+    pictures = to_uint8(tokenizer.decode(held["tokens"][:12]))
+    drawn, real = evaluate.moments(features(pictures)), features(held["images"])
+    assert row["frechet"] == pytest.approx(evaluate.frechet(drawn, evaluate.moments(real)), rel=1e-9)
+    all_kept = evaluate.moments(features(to_uint8(tokenizer.decode(held["tokens"]))))
+    assert row["recon"] == pytest.approx(evaluate.frechet(drawn, all_kept), rel=1e-9)
+    precision, recall = evaluate.precision_recall(real, features(pictures))
+    assert row["recon"] < row["frechet"] and precision != recall
+    assert (row["precision"], row["recall"], row["class_seen"]) == (precision, recall, 8 / 12)
+
+
 def test_several_sets_tell_how_far_chance_moves_a_distance(evaluated, quick, monkeypatch, capsys):
     out, _ = evaluated
     only, rows, asked = ("--n", 10, "--batch", 5, "--models", f"{out}/anyorder.pt:random"), [], []
@@ -2887,6 +2924,24 @@ def test_completing_keeps_all_pixels_outside_the_mask(studio, paint, tmp_path):
     assert hidden.sum() == 7
 
 
+def test_each_image_is_a_file_of_its_own_and_the_folder_is_a_data_set(studio, paint, tmp_path):
+    image, folder = sunset_file(studio / "image.png"), tmp_path / "new" / "each"
+    captions = ["red, low sun", 'low "sun"', ""]
+    code, text, pages = paint("--complete", studio / "image.png", "--mask", "right", "--n", 1, "--animate", 0,
+                              "--each", folder, "--caption", *captions)
+    assert code == 0 and sorted(os.listdir(folder)) == ["00000.png", "00001.png", "00002.png", "metadata.csv"], text
+    tiles = [tile for tile, label in zip(tiles_of(pages, "completed", 0), pages["completed"][1])
+             if label not in ("original", "given")]
+    for i, caption in enumerate(captions):
+        written = sunset_file(folder / f"0000{i}.png")
+        assert torch.equal(written, tiles[i]) and torch.equal(written[:, :, :8], image[:, :, :8])
+    assert list(data.Folder(str(folder), 16, "train").all_captions.values()) == captions
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    code, text, _ = paint("--each", folder)
+    assert code == 2 and "nothing is overwritten" in text
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
 def test_what_lies_under_the_mask_is_never_read(studio, paint, tmp_path):
     image = sunset_file(studio / "image.png")
     image[:, :, 8:] = torch.randint(256, (3, 16, 8), dtype=torch.uint8)
@@ -3054,13 +3109,17 @@ def test_pictures_are_written_with_their_labels(tmp_path):
     (("--why", 3, "--order", "raster"), "raster"),
     (("--animate", -1), "--animate"),
     (("--likelihood", "{image}", "--extend", "2x"), "--likelihood"),
+    (("--likelihood", "{image}", "--each", "new"), "--each"),
+    (("--each", "{out}"), "not an empty folder"),
+    (("--each", "{text}"), "words.txt"),
     (("--likelihood", "{text}"), "words.txt"),
     (("--likelihood", ""), "cannot be read"),
 ))
 def test_what_sample_cannot_do_is_said_in_one_line(studio, paint, tmp_path, flags, needle):
     (tmp_path / "words.txt").write_text("no image")
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
-    places = {"image": studio / "image.png", "text": tmp_path / "words.txt", "small": tmp_path / "small.png"}
+    places = {"image": studio / "image.png", "text": tmp_path / "words.txt", "small": tmp_path / "small.png",
+              "out": studio}
     code, text, pages = paint(*(str(flag).format(**places) for flag in flags))
     last = text.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and needle in last and not pages
