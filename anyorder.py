@@ -561,7 +561,7 @@ def load_model(path, device="cpu"):
     model = restore(AnyOrder, file, path, maker)
     model.about = about = {key: value for key, value in file.items() if key not in ("model", "config")}
     types = {"order": str, "captions": list, "data": str, "step": int, "tokens_seen": int, "seconds": float}
-    more = {"score": str, "distance": float, "caption_rank": torch.Tensor}                 # after finetuning
+    more = {"limit": int, "score": str, "distance": float, "caption_rank": torch.Tensor}   # the last 3 by finetune.py
     if not (all(isinstance(about.get(key), types[key]) for key in types)
             and all(isinstance(about[key], more[key]) for key in more.keys() & about.keys())
             and all(isinstance(text, str) for text in about["captions"] + model.config["words"])
@@ -732,7 +732,7 @@ def main():
                 if rank == 0:
                     save_model(target, model, made_from=made_from, order=args.order, step=step, held_out=value,
                                batch=args.batch, tokens_seen=step * args.batch * N, seconds=seconds, data=grid["data"],
-                               captions=held["captions"])
+                               captions=held["captions"], limit=args.limit)
         bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s",
                             refresh=False)
         leave = interrupted(stop, device)

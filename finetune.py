@@ -13,7 +13,9 @@ inferred order at the price of raster: one small head per step instead of one ev
 The policy that draws must be the one that the content model was trained with. The head is close to the inferred orders
 and never equal to them, so training goes on in rounds: the first in the orders of orders.pt, the later ones in the
 orders that the head itself chooses by then, which it soon gives again almost cell by cell. (The model's own confidence
-is no such policy: after finetuning it prefers other orders than those it has just specialised in.)
+is no such policy: after finetuning it prefers other orders than those it has just specialised in.) The head can order
+any image, so the later rounds are not bound to the images of orders.pt: they go on with all that anyorder.pt has
+learned from, and where these are many, no image comes twice.
 
 --order chooses what to specialise in:
 
@@ -101,8 +103,9 @@ def main():
                         help=f"parts of an inferred run, all but the first in the head's orders (default: {ROUNDS})")
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
-    parser.add_argument("--lr", type=float, default=5e-4,
-                        help="peak learning rate; raster order of thousands of images bears 0.004")
+    parser.add_argument("--lr", type=float, default=None,
+                        help="peak learning rate (default: 0.002, or 0.0005 where images are so few that they come more "
+                             "than once); raster order of thousands of images bears 0.004")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
     if args.rounds and args.order != "inferred":
@@ -112,7 +115,7 @@ def main():
     for name in ("steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
-    if not 0 < args.lr < 1:
+    if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0005")
     if args.rounds > args.steps:
         raise UserError(f"--rounds {args.rounds} are more than --steps {args.steps}: each round needs a step")
@@ -131,9 +134,13 @@ def main():
     model.load_state_dict(start_model.state_dict(), strict=False)
     tokens = held["tokens"].to(device)
     captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
-    train, val = (file["index"][held["split"][file["index"]] == part] for part in (0, 1))
-    val = val if len(val) else train[:512]
-    order = specialised_orders(args.order, file, held, train)
+    known, val = (file["index"][held["split"][file["index"]] == part] for part in (0, 1))
+    val = val if len(val) else known[:512]
+    limit = start_model.about.get("limit", 0)                              # anyorder.pt has seen so many (0: all)
+    train = (held["split"] == 0).nonzero()[:max(limit, len(known)) if limit else None, 0]
+    images = known if args.order == "inferred" else train                  # of this round
+    order = specialised_orders(args.order, file, held, images)
+    args.lr = args.lr or (2e-3 if args.steps * args.batch <= len(train) else 5e-4)
     val_order = specialised_orders(args.order, file, held, val).to(device)
     grid, N, small = model.config, model.N, torch.uint8 if model.N <= 256 else torch.int32
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
@@ -152,6 +159,7 @@ def main():
         model.load_state_dict(state["model"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
         order, val_order = state["order"].long(), state["val_order"].long().to(device)
+        images = train if len(order) == len(train) else known
         kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
     both = optimizers(model, args.lr, kind)
     if args.resume:
@@ -178,8 +186,8 @@ def main():
 
     def heads_orders(seen):
         """The orders that the head would choose now: [n, N] of the training images `seen`, and of those to check."""
-        images, found = torch.cat((train[seen], val)), []
-        for part in tqdm(images.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
+        asked, found = torch.cat((train[seen], val)), []
+        for part in tqdm(asked.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
             found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"], 0.0,
                                        1, kind, rank, world))         # a shortlist of one: the head alone
@@ -190,8 +198,8 @@ def main():
     if rank == 0:
         if args.order in ("inferred", "class") and file["made_from"]["model"] != made_from["model"]:
             print(f"the orders in {args.out}/orders.pt were inferred by another model than {source}")
-        print(f"{len(train):,} images in {args.order} order, {len(val)} to check; "
-              f"before: {evaluate()[0]:.3f} nats per token")
+        print(f"{len(images):,} images in {args.order} order" + f", later of {len(train):,}" * (args.rounds > 1)
+              + f", {len(val)} to check; before: {evaluate()[0]:.3f} nats per token; learning rate {args.lr}")
     stop, saved = on_interrupt(), time.time()
     begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -202,19 +210,21 @@ def main():
         if step and step == begins[part]:
             seen = sorted({i for k in range(begins[part], begins[part + 1])
                            for i in batch_of(k, args.batch, len(train), args.seed)})       # in this round
-            old, (order[seen], val_order) = val_order, heads_orders(seen)
+            old, (found, val_order) = val_order, heads_orders(seen)
+            images, order = train, torch.zeros(len(train), N, dtype=torch.long)
+            order[seen] = found                                            # the others are not asked for
             val_order, best = val_order.to(device), math.inf               # losses in other orders do not compare
             agree = rank_correlation(rank_of(old), rank_of(val_order))
             say(f"round {part + 1}: orders of the head, rank correlation {agree:.3f} with those before; "
                 f"held out {evaluate()[0]:.3f} nats per token")
-        batch = torch.tensor(batch_of(step, args.batch, len(train), args.seed))
+        batch = torch.tensor(batch_of(step, args.batch, len(images), args.seed))
         o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
         o, given = given_first(o, grid["rows"], grid["cols"], chance)
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         chosen = (torch.arange(N) >= given).float()                        # [B, N], locations not given but chosen
         chosen /= chosen.mean()                        # over all processes: the mean of their means is then the mean
         mine = slice(rank, None, world)                                    # each takes its share
-        pick, o, chosen, told = (x[mine].to(device) for x in (train[batch], o, chosen, told))
+        pick, o, chosen, told = (x[mine].to(device) for x in (images[batch], o, chosen, told))
         t = tokens[pick]
         rate = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):

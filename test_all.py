@@ -656,6 +656,37 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
     assert code == 2 and "--rounds 2" in printed and not (one / "ordered_raster.pt").exists()
 
 
+def test_later_rounds_go_on_with_all_images_that_the_any_order_model_has_seen(chain, tmp_path, monkeypatch, capsys):
+    whole, parts = (start_of("finetune", chain, tmp_path / name) for name in ("whole", "parts"))
+    for out in (whole, parts):                         # exact orders of 8 images, of the 20 that the model learned from
+        assert call(monkeypatch, capsys, "order_infer", "--out", out, "--limit", 8, "--device", "cpu")[0] == 0
+        data.save(out / "anyorder.pt", {**torch.load(out / "anyorder.pt", weights_only=True), "limit": 20})
+    held = anyorder.open_tokens(whole)
+    number = {tuple(row): i for i, row in enumerate(held["tokens"][held["split"] == 0].tolist())}
+    forward, seen = AnyOrder.forward, []
+
+    def spy(self, tokens, words, order):
+        if torch.is_grad_enabled():
+            seen.append([number[tuple(row)] for row in tokens.tolist()])
+        return forward(self, tokens, words, order)
+    monkeypatch.setattr(AnyOrder, "forward", spy)
+    flags = ("--device", "cpu", "--batch", 4, "--steps", 8)
+    code, printed = call(monkeypatch, capsys, "finetune", "--out", whole, *flags, "--rounds", 2)
+    first, later = set(sum(seen[:4], [])), set(sum(seen[4:], []))
+    assert code == 0 and len(number) > 20 and "learning rate 0.0005\n" in printed, printed
+    assert first == set(range(8)) and later <= set(range(20)) and later - first
+    for stop in (2, 6):                                # in the first round, in the second
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
+            assert call(patch, capsys, "finetune", "--out", parts, *flags, "--rounds", 2)[0] == 130
+        code, printed = call(monkeypatch, capsys, "finetune", "--out", parts, *flags, "--rounds", 2, "--resume")
+        assert code == 0 and same(whole / "ordered.pt", parts / "ordered.pt"), printed
+    for order in ("raster", "class"):                  # 5 steps of 4: no image comes twice
+        seen.clear()
+        code, printed = call(monkeypatch, capsys, "finetune", "--out", whole, *flags[:-1], 5, "--order", order)
+        assert code == 0 and "learning rate 0.002\n" in printed and set(sum(seen, [])) == set(range(20)), printed
+
+
 def test_finetuning_starts_from_the_any_order_model(chain):
     _, out, _ = chain
     a, b = (anyorder.load_model(out / f) for f in ("anyorder.pt", "ordered.pt"))
