@@ -104,8 +104,8 @@ def main():
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
     parser.add_argument("--lr", type=float, default=None,
-                        help="peak learning rate (default: 0.002, or 0.0005 where images are so few that they come more "
-                             "than once); raster order of thousands of images bears 0.004")
+                        help="peak learning rate (default: 0.002, or 0.0005 where images are so few that they come "
+                             "more than once); raster order of thousands of images bears 0.004")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     args = parser.parse_args()
     if args.rounds and args.order != "inferred":
