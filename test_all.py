@@ -2967,10 +2967,10 @@ def test_each_image_is_a_file_of_its_own_and_the_folder_is_a_data_set(studio, pa
         written = sunset_file(folder / f"0000{i}.png")
         assert torch.equal(written, tiles[i]) and torch.equal(written[:, :, :8], image[:, :, :8])
     assert list(data.Folder(str(folder), 16, "train").all_captions.values()) == captions
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    before = files_of(folder)
     code, text, _ = paint("--each", folder)
     assert code == 2 and "nothing is overwritten" in text
-    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    assert files_of(folder) == before
 
 
 def test_what_lies_under_the_mask_is_never_read(studio, paint, tmp_path):
