@@ -17,6 +17,10 @@ is no such policy: after finetuning it prefers other orders than those it has ju
 any image, so the later rounds are not bound to the images of orders.pt: they go on with all that anyorder.pt has
 learned from, and where these are many, no image comes twice.
 
+To draw several cells in one step is another policy still: the head then names cells that lie apart, where one by one it
+would go on beside the last. A model that is to draw in S steps may be told with --parallel S: one in four images of the
+later rounds comes in the order in which S steps would draw it.
+
 --order chooses what to specialise in:
 
     inferred   each image's own order from orders.pt                                   writes out/ordered.pt
@@ -52,6 +56,7 @@ from tokenizer import SAVE_EVERY, batch_of, precision, seeded
 
 
 ROUNDS = 4          # of --order inferred
+ONE_IN = 4          # so many images of a later round comes, with --parallel S, as it would be drawn in S steps
 GIVEN = 0.25        # share of training images of which some part is given, so that completion stays a skill
 
 
@@ -101,6 +106,8 @@ def main():
                         help="what to specialise in")
     parser.add_argument("--rounds", type=int, default=None,
                         help=f"parts of an inferred run, all but the first in the head's orders (default: {ROUNDS})")
+    parser.add_argument("--parallel", metavar="S", type=int, default=0,
+                        help="also specialise in drawing in S steps, several cells at once (sample.py --parallel)")
     parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
     parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
     parser.add_argument("--lr", type=float, default=None,
@@ -112,6 +119,9 @@ def main():
         raise UserError(f"--rounds {args.rounds} changes the orders, --order {args.order} keeps them: "
                         "leave out one of them")
     args.rounds = (min(ROUNDS, args.steps) if args.order == "inferred" else 1) if args.rounds is None else args.rounds
+    if args.parallel and (args.rounds < 2 or args.parallel < 2):
+        raise UserError(f"--parallel {args.parallel} is for 2 steps or more in orders of the head, which come from "
+                        "the second round on: leave it out, or give --order inferred and --rounds of 2 or more")
     for name in ("steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
@@ -143,14 +153,17 @@ def main():
     args.lr = args.lr or (2e-3 if args.steps * args.batch <= len(train) else 5e-4)
     val_order = specialised_orders(args.order, file, held, val).to(device)
     grid, N, small = model.config, model.N, torch.uint8 if model.N <= 256 else torch.int32
+    if args.parallel >= N:
+        raise UserError(f"--parallel {args.parallel} steps for {N} cells are one by one: give fewer, such as {N // 4}")
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
     target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
     made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
                  "model": fingerprint(start_model.state_dict())}
-    settings = {key: getattr(args, key) for key in ("order", "rounds", "steps", "batch", "lr", "seed")}
+    settings = {key: getattr(args, key) for key in ("order", "rounds", "parallel", "steps", "batch", "lr", "seed")}
     settings["optimizer"] = "Muon"
     kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
     step, best, history, seconds = 0, math.inf, [], 0.0
+    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]               # the first step of each round
     if args.resume:
         state = load(unfinished, "unfinished", "python finetune.py without --resume")
         if state["config"] != settings or state["made_from"] != made_from:
@@ -159,7 +172,7 @@ def main():
         model.load_state_dict(state["model"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
         order, val_order = state["order"].long(), state["val_order"].long().to(device)
-        images = train if len(order) == len(train) else known
+        images = train if step >= begins[1] else images
         kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
     both = optimizers(model, args.lr, kind)
     if args.resume:
@@ -184,16 +197,20 @@ def main():
             print(f"stopped at step {step}: the same command with --resume goes on from {unfinished}")
         raise KeyboardInterrupt
 
-    def heads_orders(seen):
-        """The orders that the head would choose now: [n, N] of the training images `seen`, and of those to check."""
-        asked, found = torch.cat((train[seen], val)), []
-        for part in tqdm(asked.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
+    def heads_orders(rows, parallel=0):
+        """The orders in which the head would draw rows [n] of tokens.pt now, in so many steps: [n, N]."""
+        found = []
+        for part in tqdm(rows.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
                          dynamic_ncols=True):
-            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), file["config"]["score"], 0.0,
-                                       1, kind, rank, world))         # a shortlist of one: the head alone
+            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), kind, rank, world, headed=True,
+                                       parallel=parallel))
             if interrupted(stop, device):
                 leave()
-        return torch.cat(found).split((len(seen), len(val)))
+        return torch.cat(found)
+
+    def several_at_once(batch, part):
+        """Which images [n] come, in this round, in the order in which --parallel steps would draw them: bool [n]."""
+        return (batch + part) % ONE_IN == 0 if args.parallel and part else torch.zeros(len(batch), dtype=torch.bool)
 
     if rank == 0:
         if args.order in ("inferred", "class") and file["made_from"]["model"] != made_from["model"]:
@@ -201,28 +218,31 @@ def main():
         print(f"{len(images):,} images in {args.order} order" + f", later of {len(train):,}" * (args.rounds > 1)
               + f", {len(val)} to check; before: {evaluate()[0]:.3f} nats per token; learning rate {args.lr}")
     stop, saved = on_interrupt(), time.time()
-    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]
     bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = (lambda line: None) if rank else bar.write
     while step < args.steps:
         start, chance = time.time(), seeded(args.seed, step)
         part = bisect.bisect(begins, step) - 1                             # the round
         if step and step == begins[part]:
-            seen = sorted({i for k in range(begins[part], begins[part + 1])
-                           for i in batch_of(k, args.batch, len(train), args.seed)})       # in this round
-            old, (found, val_order) = val_order, heads_orders(seen)
+            seen = torch.tensor(sorted({i for k in range(begins[part], begins[part + 1])
+                                        for i in batch_of(k, args.batch, len(train), args.seed)}))     # in this round
+            some = several_at_once(seen, part)
+            found = heads_orders(torch.cat((train[seen[~some]], val)))
+            several = heads_orders(train[seen[some]], args.parallel) if some.any() else found[:0]
             images, order = train, torch.zeros(len(train), N, dtype=torch.long)
-            order[seen] = found                                            # the others are not asked for
-            val_order, best = val_order.to(device), math.inf               # losses in other orders do not compare
+            order[seen[~some]], order[seen[some]] = found[:-len(val)], several         # the others are not asked for
+            old, val_order = val_order, found[-len(val):].to(device)
+            best = math.inf                                                # losses in other orders do not compare
             agree = rank_correlation(rank_of(old), rank_of(val_order))
             say(f"round {part + 1}: orders of the head, rank correlation {agree:.3f} with those before; "
                 f"held out {evaluate()[0]:.3f} nats per token")
         batch = torch.tensor(batch_of(step, args.batch, len(images), args.seed))
         o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
         o, given = given_first(o, grid["rows"], grid["cols"], chance)
+        given[several_at_once(batch, part)] = N                            # the head learns to choose one by one
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
         chosen = (torch.arange(N) >= given).float()                        # [B, N], locations not given but chosen
-        chosen /= chosen.mean()                        # over all processes: the mean of their means is then the mean
+        chosen /= chosen.mean().clamp(min=1e-9)        # over all processes: the mean of their means is then the mean
         mine = slice(rank, None, world)                                    # each takes its share
         pick, o, chosen, told = (x[mine].to(device) for x in (images[batch], o, chosen, told))
         t = tokens[pick]
@@ -273,8 +293,7 @@ def main():
         os.remove(unfinished)
     loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
     if args.order == "inferred":
-        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(),
-                              file["config"]["score"], 0.0, 1, kind)
+        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(), kind, headed=True)
         agree = (rank_correlation(rank_of(guess), rank_of(other.cpu()))
                  for other in (specialised_orders("inferred", file, held, val), val_order))
         print("the order head's own orders of the images to check correlate by {:.3f} with the inferred ones, "

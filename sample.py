@@ -36,7 +36,8 @@ from PIL import Image, ImageDraw, ImageFont
 from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
 from data import (UserError, arguments, fingerprint, one_line, pick_device, printable, read_image, replacing, run,
                   save_picture, sheet, square, to_float, to_uint8, words_of)
-from order_infer import colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths, without
+from order_infer import (best_apart, colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths,
+                         steps_of, without)
 from tokenizer import load_tokenizer, seeded
 
 ORDERS = ("raster", "random", "inferred", "class", "learned", "sampled")
@@ -81,28 +82,6 @@ def frozen_policy(model, path, open_model):
         raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: it knows no frozen order, "
                         "choose another")
     return policy
-
-
-def steps_of(cells, parallel):
-    """How many cells each step draws: one, or in `parallel` steps slightly fewer at first, when all is open: after k
-    steps the share (k / parallel)^1.15 is drawn. steps_of(16, 4) is [3, 4, 4, 5]."""
-    if not 0 < parallel < cells:
-        return [1] * cells
-    after = [round(cells * (k / parallel) ** 1.15) for k in range(parallel + 1)]
-    for k in range(1, parallel + 1):                                       # at least one each
-        after[k] = min(max(after[k], after[k - 1] + 1), cells - parallel + k)
-    return sorted(b - a for a, b in zip(after, after[1:]))
-
-
-def best_apart(value, cells, n, crowd):
-    """The n best of cells [B, C] by value [B, C], one after the other, each the best of those that are adjacent to none
-    before it, and where all are, the best of all: numbers [B, n]. Cells that share an edge should not be drawn at once:
-    neither would know the other. crowd [N, N]: see crowding."""
-    value, choice = value.float(), [value.argmax(1, keepdim=True)]
-    while len(choice) < n:
-        value = value - crowd[cells.gather(1, choice[-1]), cells]          # [B, C]
-        choice.append(value.argmax(1, keepdim=True))
-    return torch.cat(choice, 1)
 
 
 @torch.inference_mode()

@@ -480,29 +480,21 @@ def test_exact_order_inference_equals_brute_force(score, distance):
     assert found.tolist() == [brute_force_order(model, t, c, score, distance) for t, c in zip(tokens, captions)]
 
 
-def test_a_shortlist_tries_so_many_cells_and_one_of_all_cells_is_exact():
+def test_the_head_orders_alone_and_looks_at_what_it_chose_only():
     model, looks = tiny(3, 3, codebook=7, order_head=True), []
-    tokens, captions = torch.randint(7, (6, 9), generator=torch.Generator().manual_seed(0)), ["sun"] * 6
-    exact = infer_orders(model, tokens, captions, distance=0.3)
-    assert torch.equal(exact, infer_orders(model, tokens, captions, distance=0.3, shortlist=9))
+    tokens = torch.randint(7, (6, 9), generator=torch.Generator().manual_seed(0))
     with model.head.register_forward_hook(lambda _, x, y: looks.append(y.shape[1])):
-        found = {K: infer_orders(model, tokens, captions, shortlist=K) for K in (1, 3)}
-    assert looks == [1] * 9 + [3] * 7 + [2, 1]
-    for order in found.values():
-        assert torch.equal(order.sort(1).values, raster_order(6, 9)) and not torch.equal(order, exact)
-    with pytest.raises(UserError, match="order head"):
-        infer_orders(tiny(3, 3, codebook=7), tokens, captions, shortlist=2)
-    what, where = model(tokens, model.read(captions), found[3])            # each step again, with all that is known
+        order = infer_orders(model, tokens, ["sun"] * 6, headed=True)
+        several = infer_orders(model, tokens, ["sun"] * 6, headed=True, parallel=4)
+    assert looks == [1] * 9 + [2, 2, 2, 3]
+    where = model(tokens, model.read(["sun"] * 6), order)[1]               # each step again, with all that is known
     for k in range(9):
-        p = where[:, k].scatter(1, found[3][:, :k], -math.inf)
-        likely = p.topk(min(3, 9 - k)).indices                             # [6, K]
-        best = []
-        for row, cells in enumerate(likely):
-            orders = [[*found[3][row, :k].tolist(), c, *(set(range(9)) - {*found[3][row, :k].tolist(), c})]
-                      for c in cells.tolist()]
-            logits = model(tokens[row].expand(len(cells), 9), model.read(["sun"] * len(cells)), torch.tensor(orders))[0]
-            best.append(cells[logits[:, k].log_softmax(-1).amax(-1).argmax()].item())
-        assert found[3][:, k].tolist() == best
+        assert torch.equal(order[:, k], where[:, k].scatter(1, order[:, :k], -math.inf).argmax(1))
+    assert torch.equal(several.sort(1).values, raster_order(6, 9)) and torch.equal(several[:, 0], order[:, 0])
+    crowd = order_infer.crowding(model)                                    # while there are others, the next lies apart
+    assert (crowd[several[:, :6:2], several[:, 1:6:2]] == 0).all() and (crowd[order[:, :-1], order[:, 1:]] > 0).any()
+    with pytest.raises(UserError, match="order head"):
+        infer_orders(tiny(3, 3, codebook=7), tokens, ["sun"] * 6, headed=True)
 
 
 def test_inference_in_several_batches_gives_the_same_orders(monkeypatch):
@@ -519,7 +511,7 @@ def test_the_order_head_learns_a_rule_and_nothing_else_changes():
     tokens = torch.randint(5, (64, 9), generator=torch.Generator().manual_seed(0))
     words, order = model.read([""] * 64), raster_order(64, 9).flip(1).contiguous()
     pupil = order_infer.learn_head(model, tokens[:48], words[:48], order[:48], steps=60, quiet=True)
-    assert torch.equal(infer_orders(pupil, tokens[48:], [""] * 16, shortlist=1), order[48:])
+    assert torch.equal(infer_orders(pupil, tokens[48:], [""] * 16, headed=True), order[48:])
     state = pupil.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -632,8 +624,8 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
         seen, real, made = [], finetune.given_first, []
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "given_first", lambda o, *more: seen.append(o.tolist()) or real(o, *more))
-            patch.setattr(finetune, "shared_orders", lambda model, tokens, words, score, distance, shortlist, *_:
-                          made.append(infer_orders(model, tokens, words, shortlist=shortlist)) or made[-1])
+            patch.setattr(finetune, "shared_orders", lambda model, tokens, words, *_, **how:
+                          made.append(infer_orders(model, tokens, words, **how)) or made[-1])
             assert call(patch, capsys, "finetune", "--out", one, *flags[:-1], rounds)[0] == 0
         asked = made[:-1]                              # the last call only compares
         known = {"file": torch.load(one / "orders.pt", weights_only=True)["order"].tolist(),
@@ -654,6 +646,49 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
         assert same(two / "ordered.pt", parts / "ordered.pt")
     code, printed = call(monkeypatch, capsys, "finetune", "--out", one, *flags, "--order", "raster")
     assert code == 2 and "--rounds 2" in printed and not (one / "ordered_raster.pt").exists()
+
+
+def test_one_in_four_images_of_later_rounds_comes_as_parallel_steps_draw_it(chain, tmp_path, monkeypatch, capsys):
+    spied, whole, parts = (start_of("finetune", chain, tmp_path / name) for name in ("spied", "whole", "parts"))
+    flags = ("--device", "cpu", "--steps", 9, "--batch", 8, "--rounds", 3, "--parallel", 4)
+    made, seen, pulls, first, loss = [], [], [], finetune.given_first, finetune.location_loss
+
+    def spy_orders(model, tokens, words, *_, parallel=0, **how):
+        found = infer_orders(model, tokens, words, parallel=parallel, **how)
+        assert parallel in (0, 4) and how == {"headed": True}
+        made.extend((len(seen) // 3, parallel, order) for order in found.tolist())         # after so many rounds
+        return found
+
+    def spy_first(order, *more):
+        found, given = first(order, *more)
+        seen.append((order.tolist(), given.clone()))
+        return found, given
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "shared_orders", spy_orders)
+        patch.setattr(finetune, "given_first", spy_first)
+        patch.setattr(finetune, "location_loss", lambda where, order: pulls.append(where) or where.retain_grad()
+                      or loss(where, order))
+        code, printed = call(patch, capsys, "finetune", "--out", spied, *flags)
+    assert code == 0 and len(seen) == len(pulls) == 9, printed
+    n = int((anyorder.open_tokens(spied)["split"] == 0).sum())
+    for step, ((orders, given), where) in enumerate(zip(seen, pulls)):
+        part, batch = step // 3, tokenizer.batch_of(step, 8, n, 0)
+        several = [part > 0 and (i + part) % 4 == 0 for i in batch]        # others in each round
+        assert not part or any(several) and not all(several)
+        for order, at_once, pull, known in zip(orders, several, where.grad, given):
+            assert not part or (part, 4 * at_once, order) in made
+            assert pull.any() == (not at_once and known < pull.shape[0] - 1)               # the last step has no choice
+    assert call(monkeypatch, capsys, "finetune", "--out", whole, *flags)[0] == 0
+    for stop in (2, 5, 6, 8):                          # also while the head is asked, for the one order and the other
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "on_interrupt", lambda: StopAfter(stop))
+            assert call(patch, capsys, "finetune", "--out", parts, *flags)[0] == 130
+        code, printed = call(monkeypatch, capsys, "finetune", "--out", parts, *flags, "--resume")
+        assert code == 0 and same(whole / "ordered.pt", parts / "ordered.pt"), printed
+    for more, word in ((("--parallel", 16), "16 cells"), (("--parallel", 1), "2 steps"), (("--rounds", 1), "--rounds"),
+                       (("--parallel", -4), "-4"), (("--order", "raster"), "raster")):
+        code, printed = call(monkeypatch, capsys, "finetune", "--out", parts, *flags, *more)
+        assert code == 2 and word in printed and "Traceback" not in printed, printed
 
 
 def test_later_rounds_go_on_with_all_images_that_the_any_order_model_has_seen(chain, tmp_path, monkeypatch, capsys):
@@ -717,6 +752,15 @@ def test_the_order_of_a_generated_image_is_the_order_inferred_from_it(score):
     model = tiny(3, 3, codebook=7)
     tokens, order = sample.generate(model, ["sun"] * 4, "inferred", score=score, distance=0.2)
     assert torch.equal(order, infer_orders(model, tokens, ["sun"] * 4, score, 0.2))
+
+
+@pytest.mark.parametrize("order, parallel", (("learned", 0), ("learned", 4), ("inferred", 4)))
+def test_so_are_the_orders_of_the_head_and_of_several_cells_a_step(order, parallel):
+    model = tiny(3, 3, codebook=7, order_head=True)
+    tokens, drawn = sample.generate(model, ["sun"] * 8, order, parallel=parallel)
+    assert torch.equal(drawn, infer_orders(model, tokens, ["sun"] * 8, headed=order == "learned", parallel=parallel))
+    assert not torch.equal(drawn, infer_orders(model, tokens, ["sun"] * 8, headed=order == "learned",
+                                               parallel=0 if parallel else 4))
 
 
 def test_a_raster_only_model_gets_what_is_given_in_its_turn():
