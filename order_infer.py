@@ -374,7 +374,7 @@ def main():
     if rank:
         return
     if pupil and len(check):                           # the head never saw these
-        guess = shared_orders(pupil, tokens[check], words[check], args.score, args.distance, 1, kind)
+        guess = shared_orders(pupil, tokens[check], words[check], kind, headed=True)
         agree = rank_correlation(rank_of(guess), rank_of(order[known:exact].long()))
         print(f"the head's orders of {len(check)} validation images correlate by {agree:.3f} with the exact ones")
     captions = held["caption_index"][index].long()
