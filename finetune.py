@@ -56,7 +56,7 @@ from tokenizer import SAVE_EVERY, batch_of, precision, seeded
 
 
 ROUNDS = 4          # of --order inferred
-ONE_IN = 4          # so many images of a later round comes, with --parallel S, as it would be drawn in S steps
+ONE_IN = 4          # with --parallel S, one in so many images of a later round comes as it would be drawn in S steps
 GIVEN = 0.25        # share of training images of which some part is given, so that completion stays a skill
 
 
