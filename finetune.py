@@ -163,7 +163,7 @@ def main():
     settings["optimizer"] = "Muon"
     kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
     step, best, history, seconds = 0, math.inf, [], 0.0
-    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]               # the first step of each round
+    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]              # the first step of each round
     if args.resume:
         state = load(unfinished, "unfinished", "python finetune.py without --resume")
         if state["config"] != settings or state["made_from"] != made_from:
