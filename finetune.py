@@ -172,7 +172,8 @@ def main():
         model.load_state_dict(state["model"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
         order, val_order = state["order"].long(), state["val_order"].long().to(device)
-        images = train if step >= begins[1] else images
+        if step >= begins[1]:
+            images = train
         kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
     both = optimizers(model, args.lr, kind)
     if args.resume:
@@ -239,9 +240,9 @@ def main():
         batch = torch.tensor(batch_of(step, args.batch, len(images), args.seed))
         o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
         o, given = given_first(o, grid["rows"], grid["cols"], chance)
-        given[several_at_once(batch, part)] = N                            # the head learns to choose one by one
         told = torch.rand(args.batch, 1, generator=chance) >= DROP
-        chosen = (torch.arange(N) >= given).float()                        # [B, N], locations not given but chosen
+        chosen = torch.arange(N) >= given                                  # [B, N], locations not given but chosen
+        chosen = (chosen & ~several_at_once(batch, part)[:, None]).float()              # what the head learns
         chosen /= chosen.mean().clamp(min=1e-9)        # over all processes: the mean of their means is then the mean
         mine = slice(rank, None, world)                                    # each takes its share
         pick, o, chosen, told = (x[mine].to(device) for x in (images[batch], o, chosen, told))

@@ -147,7 +147,8 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0, head
             value = drawing.next_location().gather(1, free)
         else:
             value = location_scores(drawing.look(free), score, model.frequency, tokens.gather(1, free))
-            value = value - distance * lengths[drawing.cell[:, -1:], free]
+            if distance:
+                value = value - distance * lengths[drawing.cell[:, -1:], free]
         choice = at = best_apart(value, free, n, crowd)                    # [B, n]
         cell = free.gather(1, choice)
         if headed:                                                         # the locations are known: look there only

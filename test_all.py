@@ -781,10 +781,10 @@ def test_a_raster_only_model_gets_what_is_given_in_its_turn():
 
 
 def test_a_few_steps_draw_fewer_cells_first_and_all_in_the_end():
-    assert sample.steps_of(16, 4) == [3, 4, 4, 5]
+    assert order_infer.steps_of(16, 4) == [3, 4, 4, 5]
     for cells in (1, 2, 9, 64):
         for parallel in range(cells + 2):
-            steps = sample.steps_of(cells, parallel)
+            steps = order_infer.steps_of(cells, parallel)
             assert (sum(steps) == cells and min(steps) > 0
                     and len(steps) == (parallel or cells if parallel < cells else cells) and steps == sorted(steps))
 
@@ -796,9 +796,9 @@ def test_cells_of_one_step_share_no_edge_while_there_are_others():
     crowd = order_infer.crowding(tiny(rows=3, cols=3))
     assert crowd[4].nonzero()[:, 0].tolist() == [1, 3, 4, 5, 7] and crowd[0].nonzero()[:, 0].tolist() == [0, 1, 3]
     value, cells = torch.tensor([[9., 8, 1, 7, 6, 2, 5, 0, 4]]), torch.arange(9)[None]
-    assert sample.best_apart(value, cells, 6, crowd).tolist() == [[0, 4, 6, 8, 2, 1]]
-    assert sorted(sample.best_apart(value, cells, 9, crowd)[0].tolist()) == list(range(9))
-    assert sample.best_apart(value, cells, 1, crowd).tolist() == [[0]]
+    assert order_infer.best_apart(value, cells, 6, crowd).tolist() == [[0, 4, 6, 8, 2, 1]]
+    assert sorted(order_infer.best_apart(value, cells, 9, crowd)[0].tolist()) == list(range(9))
+    assert order_infer.best_apart(value, cells, 1, crowd).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("order", ("learned", "inferred", "class"))
