@@ -38,6 +38,12 @@ from PIL import Image, ImageDraw
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+try:                                                   # comes with torch for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 from data import (UserError, arguments, fingerprint, load, on_interrupt, open_data, pick_device, restore, run, save,
                   save_picture, sheet, words_of)
 from tokenizer import (SAVE_EVERY, Muon, batch_of, load_tokenizer, load_tokens, make_tokens, precision, resume_path,
@@ -177,11 +183,161 @@ class FusedAttention(torch.autograd.Function):
         return tuple(x.view(B, heads, T, d) for x in (dq, dk, dv))
 
 
+# On a GPU one kernel does it all (in Triton), so that scores never leave the chip. A program takes TILE rows of a head
+# and meets their keys TILE by TILE. For each row it holds the largest score so far, the sum of the exponentials, and
+# the sum of the values that they weight; where a larger score comes, both are scaled down (online softmax, Milakov and
+# Gimelshein 2018; FlashAttention, Dao et al. 2022). Causality asks for a mask in the last tile only. The logarithm of
+# each sum is kept: with it the backward pass computes P again, tile by tile. There a program does first what its tile
+# receives as keys, from all later rows, then what it receives as rows, from all earlier keys: so each has the same
+# work, and no two of them write to one place.
+
+TILE = 64
+
+if triton:
+    @triton.jit
+    def read(x, stride, first, T, D: tl.constexpr, TILE: tl.constexpr):
+        """Rows first .. first + TILE of x [T, D]: [TILE, D], 0 behind the last."""
+        row = first + tl.arange(0, TILE)[:, None]
+        return tl.load(x + row * stride + tl.arange(0, D)[None, :], mask=row < T, other=0.0)
+
+    @triton.jit
+    def write(x, stride, first, T, value, D: tl.constexpr, TILE: tl.constexpr):
+        row = first + tl.arange(0, TILE)[:, None]
+        tl.store(x + row * stride + tl.arange(0, D)[None, :], value.to(x.dtype.element_ty), mask=row < T)
+
+    @triton.jit
+    def attend(q, k, v, out, log, own_k, own_v, heads, C, T, bits, qb, qh, qt, kb, kh, kt, ob, oh, ot,
+               OWN: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+        """Rows q [C, D] of each head see keys k [T, D]: those up to their own number, or, where OWN, all of them and
+        own_k, own_v [C, D], each its own. A tensor's strides are named after it: qb from image to image, qh from head
+        to head, qt from row to row; k and v share theirs, as do q, own_k and own_v."""
+        first, pair = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
+        b, h = pair // heads, pair % heads
+        k, v, at = k + b * kb + h * kh, v + b * kb + h * kh, b * qb + h * qh
+        row = first + tl.arange(0, TILE)
+        rows = read(q + at, qt, first, C, D, TILE)
+        if OWN:                                        # begin with the own key
+            top = tl.sum(rows.to(tl.float32) * read(own_k + at, qt, first, C, D, TILE), 1) * bits
+            total, found = tl.full((TILE,), 1.0, tl.float32), read(own_v + at, qt, first, C, D, TILE).to(tl.float32)
+            whole, end = T // TILE * TILE, T
+        else:
+            top, total = tl.full((TILE,), -float("inf"), tl.float32), tl.zeros((TILE,), tl.float32)
+            found = tl.zeros((TILE, D), tl.float32)
+            whole, end = first, tl.minimum(first + TILE, T)
+        for masked in tl.static_range(2):              # whole tiles, then the last one
+            for start in range(whole if masked else 0, end if masked else whole, TILE):
+                keys, values = read(k, kt, start, T, D, TILE), read(v, kt, start, T, D, TILE)
+                score = tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits
+                if masked:
+                    key = start + tl.arange(0, TILE)[None, :]
+                    score = tl.where(key < T if OWN else key <= row[:, None], score, -float("inf"))
+                higher = tl.maximum(top, tl.max(score, 1))
+                p, less = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
+                total = total * less + tl.sum(p, 1)
+                found = tl.dot(p.to(values.dtype), values, found * less[:, None], input_precision="ieee")
+                top = higher
+        write(out + b * ob + h * oh, ot, first, C, found / total[:, None], D, TILE)
+        if not OWN:
+            tl.store(log + pair * T + row, top + tl.log2(total), mask=row < T)
+
+    @triton.jit
+    def attend_backward(q, k, v, out, log, grad, dq, dk, dv, heads, T, bits, scale, qb, qh, qt, ob, oh, ot, gb, gh, gt,
+                        db, dh, dt, D: tl.constexpr, TILE: tl.constexpr):
+        """The gradients as FusedAttention has them, from grad [T, D] of each head; P = 2^(bits q k^T - log), and
+        rowsum(P * dP) is rowsum(out * grad). The strides of dq, dk, dv are db, dh, dt."""
+        first, pair = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
+        b, h = pair // heads, pair % heads
+        q, k, v = q + b * qb + h * qh, k + b * qb + h * qh, v + b * qb + h * qh
+        out, grad, log, to = out + b * ob + h * oh, grad + b * gb + h * gh, log + pair * T, b * db + h * dh
+        here = first + tl.arange(0, TILE)
+
+        keys, values = read(k, qt, first, T, D, TILE), read(v, qt, first, T, D, TILE)
+        to_keys, to_values = tl.zeros((TILE, D), tl.float32), tl.zeros((TILE, D), tl.float32)
+        for masked in tl.static_range(2):
+            for start in range(first if masked else first + TILE, first + TILE if masked else T, TILE):
+                row = start + tl.arange(0, TILE)
+                rows, g = read(q, qt, start, T, D, TILE), read(grad, gt, start, T, D, TILE)
+                mean = tl.sum(g.to(tl.float32) * read(out, ot, start, T, D, TILE), 1)
+                sums = tl.load(log + row, mask=row < T, other=float("inf"))
+                p = tl.exp2(tl.dot(keys, tl.trans(rows), input_precision="ieee") * bits - sums[None, :])   # P^T
+                if masked:
+                    p = tl.where(here[:, None] <= row[None, :], p, 0.0)
+                to_values = tl.dot(p.to(g.dtype), g, to_values, input_precision="ieee")
+                ds = p * (tl.dot(values, tl.trans(g), input_precision="ieee") - mean[None, :])
+                to_keys = tl.dot(ds.to(rows.dtype), rows, to_keys, input_precision="ieee")
+        write(dk + to, dt, first, T, to_keys * scale, D, TILE)
+        write(dv + to, dt, first, T, to_values, D, TILE)
+
+        rows, g = read(q, qt, first, T, D, TILE), read(grad, gt, first, T, D, TILE)
+        mean = tl.sum(g.to(tl.float32) * read(out, ot, first, T, D, TILE), 1)
+        sums = tl.load(log + here, mask=here < T, other=float("inf"))
+        to_rows = tl.zeros((TILE, D), tl.float32)
+        for masked in tl.static_range(2):
+            for start in range(first if masked else 0, first + TILE if masked else first, TILE):
+                keys, values = read(k, qt, start, T, D, TILE), read(v, qt, start, T, D, TILE)
+                p = tl.exp2(tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits - sums[:, None])
+                if masked:
+                    p = tl.where(start + tl.arange(0, TILE)[None, :] <= here[:, None], p, 0.0)
+                ds = p * (tl.dot(g, tl.trans(values), input_precision="ieee") - mean[:, None])
+                to_rows = tl.dot(ds.to(keys.dtype), keys, to_rows, input_precision="ieee")
+        write(dq + to, dt, first, T, to_rows * scale, D, TILE)
+
+
+def alike(*tensors):
+    """Tensors as the kernels want them: of the same strides, the last of which is 1."""
+    same = all(x.stride() == tensors[0].stride() and x.stride(-1) == 1 for x in tensors)
+    return tensors if same else tuple(x.contiguous() for x in tensors)
+
+
+def kernel_attention(q, k, v, own_k=None, own_v=None):
+    """Starts `attend`: q [B, heads, C, d], k, v [B, heads, T, d] -> (out [B, heads, C, d], log [B, heads, T])."""
+    (B, heads, C, d), T, own = q.shape, k.shape[2], own_k is not None
+    q, own_k, own_v = alike(q, own_k, own_v) if own else (q, q, q)
+    k, v = alike(k, v)
+    out = q.new_empty(B, C, heads, d).transpose(1, 2)
+    log = q.new_empty(0 if own else (B, heads, T), dtype=torch.float32)
+    attend[-(-C // TILE), B * heads](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2),
+                                     *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], OWN=own, D=d, TILE=TILE)
+    return out, log
+
+
+class KernelAttention(torch.autograd.Function):
+    """FusedAttention by the kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        q, k, v = alike(q, k, v)
+        out, log = kernel_attention(q, k, v)
+        ctx.save_for_backward(q, k, v, out, log)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, log = ctx.saved_tensors
+        (B, heads, T, d), scale, (grad,) = q.shape, q.shape[-1] ** -0.5, alike(grad)
+        dq, dk, dv = q.new_empty(B, T, 3, heads, d).permute(2, 0, 3, 1, 4)
+        strides = [stride for x in (q, out, grad, dq) for stride in x.stride()[:3]]
+        attend_backward[-(-T // TILE), B * heads](q, k, v, out, log, grad, dq, dk, dv, heads, T, scale / math.log(2),
+                                                  scale, *strides, D=d, TILE=TILE, num_stages=1)   # registers are few
+        return dq, dk, dv
+
+
+def has_kernel(x, *kinds):
+    """Whether x [..., d] is on a GPU with Triton, of one of these types, and d such as the matrix units take it."""
+    return triton is not None and x.is_cuda and x.dtype in kinds and x.shape[-1] in (16, 32, 64, 128)
+
+
 def fused_attention(q, k, v):
     """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as
-    they like -> [B, heads, T, d]. Differentiable once."""
+    they like -> [B, heads, T, d]. Differentiable once.
+
+    On a GPU the kernels are the faster ones for narrow heads, such as a model has here, in half the bits; for all else
+    there the library is (evaluate.py --speed)."""
     with torch.autocast(q.device.type, enabled=False):
-        return FusedAttention.apply(q, k, v)
+        if q.is_cuda and not (q.shape[-1] <= HEAD and has_kernel(q, torch.bfloat16, torch.float16)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return (KernelAttention if q.is_cuda else FusedAttention).apply(q, k, v)
 
 
 def candidate_attention(q, k, v, prefix_k, prefix_v):
@@ -193,6 +349,8 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     (B, heads, C, d), T = q.shape, prefix_k.shape[2]
     if T == 0:
         return v.clone()                                                   # each has only itself to attend to
+    if has_kernel(q, torch.bfloat16, torch.float16, torch.float32):
+        return kernel_attention(q, prefix_k, prefix_v, k, v)[0]
     out, scale = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5
     bits = scale / math.log(2)                         # e^x = 2^(x / ln 2), which CPUs compute faster
     step = max(1, BLOCK // (heads * C * T * q.element_size()))
@@ -239,7 +397,7 @@ class Block(nn.Module):
     def split(self, x):
         """x [B, T, D] -> q, k, v, each [B, heads, T, d] (views of one product, nothing is copied)."""
         B, T, D = x.shape
-        return self.qkv(self.norm1(x)).view(B, T, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4).unbind(0)
+        return (y.transpose(1, 2) for y in self.qkv(self.norm1(x)).view(B, T, 3, self.heads, HEAD).unbind(2))
 
     def merge(self, x, y):
         """x [B, T, D] and what attention found, y [B, heads, T, d] -> x [B, T, D] after both residual branches."""

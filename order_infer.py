@@ -170,8 +170,10 @@ def shared_orders(model, tokens, words, kind, rank=0, world=1, **how):
 
 
 def images_at_once(model):
-    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it."""
-    return max(1, 2 ** 23 // (model.N * max(4 * model.config["width"], model.V)))
+    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it; on a
+    GPU within 512 MB, as it would do little else than wait for the next call."""
+    numbers = 2 ** 23 if model.hop.device.type == "cpu" else 2 ** 27
+    return max(1, numbers // (model.N * max(4 * model.config["width"], model.V)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -624,8 +624,8 @@ def test_a_second_round_takes_the_heads_orders_and_resumes_bit_for_bit(chain, tm
         seen, real, made = [], finetune.given_first, []
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "given_first", lambda o, *more: seen.append(o.tolist()) or real(o, *more))
-            patch.setattr(finetune, "shared_orders", lambda model, tokens, words, *_, **how:
-                          made.append(infer_orders(model, tokens, words, **how)) or made[-1])
+            patch.setattr(finetune, "shared_orders", lambda model, tokens, words, *_, **how: made.append(infer_orders(
+                model, tokens.to(model.hop.device), words.to(model.hop.device), **how).cpu()) or made[-1])
             assert call(patch, capsys, "finetune", "--out", one, *flags[:-1], rounds)[0] == 0
         asked = made[:-1]                              # the last call only compares
         known = {"file": torch.load(one / "orders.pt", weights_only=True)["order"].tolist(),
@@ -1211,6 +1211,54 @@ def test_fused_attention_equals_the_reference(T, d, dtype, tolerance):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.skipif(not anyorder.triton or not torch.cuda.is_available() and not os.getenv("TRITON_INTERPRET"),
+                    reason="needs a GPU, or TRITON_INTERPRET=1; and Triton")
+@pytest.mark.parametrize("B, heads, T, C, d", ((2, 3, 1, 1, 32), (1, 2, 64, 65, 16), (2, 3, 65, 20, 32),
+                                               (1, 2, 130, 200, 64)))
+@pytest.mark.parametrize("dtype, tolerance", (      # Triton's interpreter cannot multiply bfloat16
+    (torch.float32, 1e-5), (torch.bfloat16 if torch.cuda.is_available() else torch.float16, 3e-2)))
+@pytest.mark.parametrize("alike", (True, False))
+def test_the_kernels_equal_the_definition(B, heads, T, C, d, dtype, tolerance, alike):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours = [x.detach().to(device).requires_grad_() for x in qkv(B, heads, T, d, dtype)]
+    truth = [x.detach().double().requires_grad_() for x in ours]
+    q, k, v = ours if alike else (ours[0], ours[1].contiguous(), ours[2])
+    a, b = anyorder.KernelAttention.apply(q, k, v), anyorder.reference_attention(*truth)
+    weight = torch.randn(b.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(b)
+    a.backward(weight.to(dtype))
+    b.backward(weight.to(dtype).double())
+    torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    for x, y in zip(ours, truth):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=10 * tolerance)
+    # candidates: the last row of causal attention, each
+    own = [x.to(device) for x in qkv(B, heads, C, d, dtype, seed=2)]
+    found, _ = anyorder.kernel_attention(own[0], k.detach(), v.detach(), *own[1:])
+    for c in range(C):
+        last = [torch.cat((past.double(), x[:, :, c:c + 1].double()), 2) for past, x in zip((k, k, v), own)]
+        torch.testing.assert_close(found[:, :, c].double(), anyorder.reference_attention(*last)[:, :, -1],
+                                   rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, tolerance", ((torch.float32, 1e-3), (torch.bfloat16, 0.15)))
+def test_a_gpu_computes_what_a_cpu_does(kind, tolerance):
+    model = tiny(rows=5, cols=5, codebook=7, order_head=True)              # more cells than FEW: by the kernels
+    tokens, order = torch.randint(7, (3, 25)), random_order(3, 25)
+    captions = ["sun", "", "sea sun"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        t, o = tokens.to(device), order.to(device)
+        with torch.no_grad(), torch.autocast(device, kind, enabled=device == "cuda" and kind != torch.float32):
+            drawing, offers = anyorder.Drawing(model, model.read(captions)), []
+            for k in range(25):
+                offers.append(drawing.look(o[:, k:]).float().log_softmax(-1))
+                drawing.place(torch.zeros_like(o[:, :1]), t.gather(1, o[:, k:k + 1]))
+            found[device] = [model.log_probs(t, captions, o).cpu(), *(offer.cpu() for offer in offers)]
+    for a, b in zip(found["cpu"], found["cuda"]):
+        assert (a.exp() - b.exp()).abs().max() < tolerance
+
+
 @pytest.mark.parametrize("T", (1, 5, 20, 35))        # d = 4: beyond 16 the probabilities are computed again
 def test_the_derived_gradient_is_the_gradient(T):
     assert torch.autograd.gradcheck(anyorder.fused_attention, [x.detach().requires_grad_() for x in qkv(1, 2, T)])
@@ -1261,7 +1309,8 @@ def test_long_sequences_never_hold_the_square():
     with Watch():
         anyorder.fused_attention(q, k, v).sum().backward()
     assert max(largest) <= 2 * 4 * T * 128 < 2 * 4 * T * T / 2             # one block of rows at most
-    saved = anyorder.fused_attention(q, k, v).grad_fn.saved_tensors
+    found = anyorder.fused_attention(q, k, v)          # held: with it go what it saved
+    saved = found.grad_fn.saved_tensors
     assert sum(x.numel() for x in saved) < 4 * q.numel()
 
 
@@ -2516,11 +2565,11 @@ def test_speed_is_measured_there_and_back(monkeypatch):
 
 def test_the_speed_table_is_printed_and_written_and_leaves_everything_in_place(monkeypatch, capsys, tmp_path):
     small = {"side": 2, "width": 32, "layers": 1}
-    monkeypatch.setattr(evaluate, "SECONDS", 0)
-    monkeypatch.setattr(evaluate, "ATTENTION", {(2, 1, 5, 32): (1, 1)})
+    monkeypatch.setattr(evaluate, "SECONDS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(evaluate, "ATTENTION", dict.fromkeys(("cpu", "cuda"), {(2, 1, 5, 32): (1, 1)}))
     monkeypatch.setattr(evaluate, "LONG", (1, 8, 4096, 16))
-    monkeypatch.setattr(evaluate, "MODELS", {"cpu": {**small, "batch": 2, "draw": 2, "infer": 2},
-                                             "drawing": {**small, "draw": 2, "least": 20}})
+    some = {**small, "batch": 2, "draw": 2, "infer": 2}
+    monkeypatch.setattr(evaluate, "MODELS", {"cpu": some, "cuda": some, "drawing": {**small, "draw": 2, "least": 20}})
     ours, seen = anyorder.fused_attention, set()
     monkeypatch.setattr(evaluate, "library_attention", lambda q, k, v, library=evaluate.library_attention: (
         seen.add(anyorder.fused_attention), library(q, k, v))[1])
@@ -3084,7 +3133,7 @@ def test_images_of_another_size_are_resized_with_a_warning(studio, paint, tmp_pa
 @pytest.mark.parametrize("width, height", ((128, 128), (45, 30), (9, 20)))
 def test_what_lies_under_the_mask_of_a_resized_image_reaches_no_kept_pixel(tmp_path, width, height):
     dice = torch.Generator().manual_seed(0)
-    whole = torch.randint(256, (3, height, width), generator=dice, dtype=torch.uint8)
+    whole = torch.randint(64, 192, (3, height, width), generator=dice, dtype=torch.uint8)  # resizing overshoots
     hidden = torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 1, width) > 1.1
     other = torch.where(hidden, 255 - whole, whole)
     # black and white, and white on what is transparent
@@ -3098,7 +3147,7 @@ def test_what_lies_under_the_mask_of_a_resized_image_reaches_no_kept_pixel(tmp_p
     # what is hidden still shows the original, and away from the edge of the mask all is as without one
     plain, none = sample.resized("it", whole, 16)
     far = torch.nn.functional.avg_pool2d(one[1][None].float(), 13, 1, 6, count_include_pad=False)[0] == 0
-    assert none is None and far.any() and (plain.int() - one[0].int())[:, far].abs().max() <= 4    # Pillow's rounding
+    assert none is None and far.any() and (plain.int() - one[0].int())[:, far].abs().max() <= 1    # Pillow's rounding
     assert torch.equal(plain[:, one[1]], one[0][:, one[1]])
     # a sky of one colour keeps it up to the edge
     sky, _ = sample.resized("it", torch.where(hidden, whole, 200), 16, mask)

@@ -288,10 +288,10 @@ def precision(device):
     (A CPU without bfloat16 instructions emulates them, 100 times slower; a GPU of the last years has them.)"""
     if device.type == "mps":
         return torch.float32
-    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    best, n = dict.fromkeys((torch.float32, torch.bfloat16), math.inf), 256 if device.type == "cpu" else 2048
     for _ in range(8):                                 # in turns, and the best counts: others may use the machine
         for dtype in best:
-            a = torch.ones(256, 256, device=device, dtype=dtype)
+            a = torch.ones(n, n, device=device, dtype=dtype)     # a GPU needs more than its calls take
             start = time.perf_counter()
             (a @ a).sum().item()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
