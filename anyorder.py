@@ -332,10 +332,12 @@ def fused_attention(q, k, v):
     """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as
     they like -> [B, heads, T, d]. Differentiable once.
 
-    On a GPU the kernels are the faster ones for narrow heads, such as a model has here, in half the bits; for all else
-    there the library is (evaluate.py --speed)."""
+    On a GPU the kernels are faster than the library for narrow heads, such as a model has here, in 16 bits, and where
+    there is so much to do that the time to start them does not count; for all else the library is (measured by
+    evaluate.py --speed)."""
     with torch.autocast(q.device.type, enabled=False):
-        if q.is_cuda and not (q.shape[-1] <= HEAD and has_kernel(q, torch.bfloat16, torch.float16)):
+        large = q.shape[-1] <= HEAD and q.numel() >= 2 ** 22
+        if q.is_cuda and not (large and has_kernel(q, torch.bfloat16, torch.float16)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return (KernelAttention if q.is_cuda else FusedAttention).apply(q, k, v)
 
