@@ -195,13 +195,13 @@ TILE = 64
 
 if triton:
     @triton.jit
-    def read(x, stride, first, T, D: tl.constexpr, TILE: tl.constexpr):
+    def read_tile(x, stride, first, T, D: tl.constexpr, TILE: tl.constexpr):
         """Rows first .. first + TILE of x [T, D]: [TILE, D], 0 behind the last."""
         row = first + tl.arange(0, TILE)[:, None]
         return tl.load(x + row * stride + tl.arange(0, D)[None, :], mask=row < T, other=0.0)
 
     @triton.jit
-    def write(x, stride, first, T, value, D: tl.constexpr, TILE: tl.constexpr):
+    def write_tile(x, stride, first, T, value, D: tl.constexpr, TILE: tl.constexpr):
         row = first + tl.arange(0, TILE)[:, None]
         tl.store(x + row * stride + tl.arange(0, D)[None, :], value.to(x.dtype.element_ty), mask=row < T)
 
@@ -211,14 +211,16 @@ if triton:
         """Rows q [C, D] of each head see keys k [T, D]: those up to their own number, or, where OWN, all of them and
         own_k, own_v [C, D], each its own. A tensor's strides are named after it: qb from image to image, qh from head
         to head, qt from row to row; k and v share theirs, as do q, own_k and own_v."""
-        first, pair = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
+        tiles = tl.cdiv(C, TILE)
+        first, pair = tl.program_id(0) % tiles * TILE, (tl.program_id(0) // tiles).to(tl.int64)
         b, h = pair // heads, pair % heads
         k, v, at = k + b * kb + h * kh, v + b * kb + h * kh, b * qb + h * qh
         row = first + tl.arange(0, TILE)
-        rows = read(q + at, qt, first, C, D, TILE)
+        rows = read_tile(q + at, qt, first, C, D, TILE)
         if OWN:                                        # begin with the own key
-            top = tl.sum(rows.to(tl.float32) * read(own_k + at, qt, first, C, D, TILE), 1) * bits
-            total, found = tl.full((TILE,), 1.0, tl.float32), read(own_v + at, qt, first, C, D, TILE).to(tl.float32)
+            top = tl.sum(rows.to(tl.float32) * read_tile(own_k + at, qt, first, C, D, TILE), 1) * bits
+            total = tl.full((TILE,), 1.0, tl.float32)
+            found = read_tile(own_v + at, qt, first, C, D, TILE).to(tl.float32)
             whole, end = T // TILE * TILE, T
         else:
             top, total = tl.full((TILE,), -float("inf"), tl.float32), tl.zeros((TILE,), tl.float32)
@@ -226,7 +228,7 @@ if triton:
             whole, end = first, tl.minimum(first + TILE, T)
         for masked in tl.static_range(2):              # whole tiles, then the last one
             for start in range(whole if masked else 0, end if masked else whole, TILE):
-                keys, values = read(k, kt, start, T, D, TILE), read(v, kt, start, T, D, TILE)
+                keys, values = read_tile(k, kt, start, T, D, TILE), read_tile(v, kt, start, T, D, TILE)
                 score = tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits
                 if masked:
                     key = start + tl.arange(0, TILE)[None, :]
@@ -236,7 +238,7 @@ if triton:
                 total = total * less + tl.sum(p, 1)
                 found = tl.dot(p.to(values.dtype), values, found * less[:, None], input_precision="ieee")
                 top = higher
-        write(out + b * ob + h * oh, ot, first, C, found / total[:, None], D, TILE)
+        write_tile(out + b * ob + h * oh, ot, first, C, found / total[:, None], D, TILE)
         if not OWN:
             tl.store(log + pair * T + row, top + tl.log2(total), mask=row < T)
 
@@ -245,19 +247,20 @@ if triton:
                         db, dh, dt, D: tl.constexpr, TILE: tl.constexpr):
         """The gradients as FusedAttention has them, from grad [T, D] of each head; P = 2^(bits q k^T - log), and
         rowsum(P * dP) is rowsum(out * grad). The strides of dq, dk, dv are db, dh, dt."""
-        first, pair = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
+        tiles = tl.cdiv(T, TILE)
+        first, pair = tl.program_id(0) % tiles * TILE, (tl.program_id(0) // tiles).to(tl.int64)
         b, h = pair // heads, pair % heads
         q, k, v = q + b * qb + h * qh, k + b * qb + h * qh, v + b * qb + h * qh
         out, grad, log, to = out + b * ob + h * oh, grad + b * gb + h * gh, log + pair * T, b * db + h * dh
         here = first + tl.arange(0, TILE)
 
-        keys, values = read(k, qt, first, T, D, TILE), read(v, qt, first, T, D, TILE)
+        keys, values = read_tile(k, qt, first, T, D, TILE), read_tile(v, qt, first, T, D, TILE)
         to_keys, to_values = tl.zeros((TILE, D), tl.float32), tl.zeros((TILE, D), tl.float32)
         for masked in tl.static_range(2):
             for start in range(first if masked else first + TILE, first + TILE if masked else T, TILE):
                 row = start + tl.arange(0, TILE)
-                rows, g = read(q, qt, start, T, D, TILE), read(grad, gt, start, T, D, TILE)
-                mean = tl.sum(g.to(tl.float32) * read(out, ot, start, T, D, TILE), 1)
+                rows, g = read_tile(q, qt, start, T, D, TILE), read_tile(grad, gt, start, T, D, TILE)
+                mean = tl.sum(g.to(tl.float32) * read_tile(out, ot, start, T, D, TILE), 1)
                 sums = tl.load(log + row, mask=row < T, other=float("inf"))
                 p = tl.exp2(tl.dot(keys, tl.trans(rows), input_precision="ieee") * bits - sums[None, :])   # P^T
                 if masked:
@@ -265,22 +268,22 @@ if triton:
                 to_values = tl.dot(p.to(g.dtype), g, to_values, input_precision="ieee")
                 ds = p * (tl.dot(values, tl.trans(g), input_precision="ieee") - mean[None, :])
                 to_keys = tl.dot(ds.to(rows.dtype), rows, to_keys, input_precision="ieee")
-        write(dk + to, dt, first, T, to_keys * scale, D, TILE)
-        write(dv + to, dt, first, T, to_values, D, TILE)
+        write_tile(dk + to, dt, first, T, to_keys * scale, D, TILE)
+        write_tile(dv + to, dt, first, T, to_values, D, TILE)
 
-        rows, g = read(q, qt, first, T, D, TILE), read(grad, gt, first, T, D, TILE)
-        mean = tl.sum(g.to(tl.float32) * read(out, ot, first, T, D, TILE), 1)
+        rows, g = read_tile(q, qt, first, T, D, TILE), read_tile(grad, gt, first, T, D, TILE)
+        mean = tl.sum(g.to(tl.float32) * read_tile(out, ot, first, T, D, TILE), 1)
         sums = tl.load(log + here, mask=here < T, other=float("inf"))
         to_rows = tl.zeros((TILE, D), tl.float32)
         for masked in tl.static_range(2):
             for start in range(first if masked else 0, first + TILE if masked else first, TILE):
-                keys, values = read(k, qt, start, T, D, TILE), read(v, qt, start, T, D, TILE)
+                keys, values = read_tile(k, qt, start, T, D, TILE), read_tile(v, qt, start, T, D, TILE)
                 p = tl.exp2(tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits - sums[:, None])
                 if masked:
                     p = tl.where(start + tl.arange(0, TILE)[None, :] <= here[:, None], p, 0.0)
                 ds = p * (tl.dot(g, tl.trans(values), input_precision="ieee") - mean[:, None])
                 to_rows = tl.dot(ds.to(keys.dtype), keys, to_rows, input_precision="ieee")
-        write(dq + to, dt, first, T, to_rows * scale, D, TILE)
+        write_tile(dq + to, dt, first, T, to_rows * scale, D, TILE)
 
 
 def alike(*tensors):
@@ -296,8 +299,9 @@ def kernel_attention(q, k, v, own_k=None, own_v=None):
     k, v = alike(k, v)
     out = q.new_empty(B, C, heads, d).transpose(1, 2)
     log = q.new_empty(0 if own else (B, heads, T), dtype=torch.float32)
-    attend[-(-C // TILE), B * heads](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2),
-                                     *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], OWN=own, D=d, TILE=TILE)
+    strides = [stride for x in (q, k, out) for stride in x.stride()[:3]]
+    attend[-(-C // TILE) * B * heads,](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2), *strides,
+                                       OWN=own, D=d, TILE=TILE)
     return out, log
 
 
@@ -318,8 +322,8 @@ class KernelAttention(torch.autograd.Function):
         (B, heads, T, d), scale, (grad,) = q.shape, q.shape[-1] ** -0.5, alike(grad)
         dq, dk, dv = q.new_empty(B, T, 3, heads, d).permute(2, 0, 3, 1, 4)
         strides = [stride for x in (q, out, grad, dq) for stride in x.stride()[:3]]
-        attend_backward[-(-T // TILE), B * heads](q, k, v, out, log, grad, dq, dk, dv, heads, T, scale / math.log(2),
-                                                  scale, *strides, D=d, TILE=TILE, num_stages=1)   # registers are few
+        attend_backward[-(-T // TILE) * B * heads,](q, k, v, out, log, grad, dq, dk, dv, heads, T, scale / math.log(2),
+                                                    scale, *strides, D=d, TILE=TILE, num_stages=1)   # registers are few
         return dq, dk, dv
 
 
