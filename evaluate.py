@@ -712,7 +712,7 @@ def attention_speed(device, dtype):
         grad = torch.randn(B, T, heads * d, device=device).to(dtype)
 
         def both(attention):                           # forward and backward; as in a model, q, k, v are views
-            y = attention(*x.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(grad.shape)
+            y = attention(*(part.transpose(1, 2) for part in x.unbind(2))).transpose(1, 2).reshape(grad.shape)
             torch.autograd.grad(y, x, grad)
         ways = anyorder.fused_attention, library_attention, anyorder.reference_attention
         ours, library, reference = (1000 * t for t in medians(device, *(functools.partial(both, way) for way in ways)))
