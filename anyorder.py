@@ -24,6 +24,7 @@ not here choosing an order (order_infer.py), learning from it (finetune.py), gui
 """
 
 import difflib
+import functools
 import itertools
 import math
 import os
@@ -327,9 +328,19 @@ class KernelAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
+@functools.cache
+def kernels_run(device):
+    """Whether they do: Triton may be missing, or what it compiles with (a C compiler, the headers of Python)."""
+    try:
+        kernel_attention(*torch.zeros(3, 1, 1, 1, HEAD, device=device, dtype=torch.bfloat16))
+    except Exception:
+        return False
+    return True
+
+
 def has_kernel(x, *kinds):
-    """Whether x [..., d] is on a GPU with Triton, of one of these types, and d such as the matrix units take it."""
-    return triton is not None and x.is_cuda and x.dtype in kinds and x.shape[-1] in (16, 32, 64, 128)
+    """Whether x [..., d] is on a GPU where kernels run, of one of these types, and d is as matrix units take it."""
+    return x.is_cuda and x.dtype in kinds and x.shape[-1] in (16, 32, 64, 128) and kernels_run(x.device)
 
 
 def fused_attention(q, k, v):

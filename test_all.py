@@ -1239,6 +1239,18 @@ def test_the_kernels_equal_the_definition(B, heads, T, C, d, dtype, tolerance, a
                                    rtol=tolerance, atol=tolerance)
 
 
+def test_kernels_that_do_not_run_are_not_used(monkeypatch):
+    for fault in (NameError("name 'attend' is not defined"), RuntimeError("Failed to find C compiler"), None):
+        def start(q, k, v):
+            if fault:
+                raise fault
+        monkeypatch.setattr(anyorder, "kernel_attention", start)
+        anyorder.kernels_run.cache_clear()
+        assert anyorder.kernels_run(torch.device("cpu")) is (fault is None)
+    anyorder.kernels_run.cache_clear()
+    assert not anyorder.has_kernel(torch.zeros(1, 32), torch.float32)      # not on a GPU
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind, tolerance", ((torch.float32, 1e-3), (torch.bfloat16, 0.15)))
 def test_a_gpu_computes_what_a_cpu_does(kind, tolerance):
