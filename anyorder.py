@@ -184,13 +184,13 @@ class FusedAttention(torch.autograd.Function):
         return tuple(x.view(B, heads, T, d) for x in (dq, dk, dv))
 
 
-# On a GPU one kernel does it all (in Triton), so that scores never leave the chip. A program takes TILE rows of a head
-# and meets their keys TILE by TILE. For each row it holds the largest score so far, the sum of the exponentials, and
-# the sum of the values that they weight; where a larger score comes, both are scaled down (online softmax, Milakov and
-# Gimelshein 2018; FlashAttention, Dao et al. 2022). Causality asks for a mask in the last tile only. The logarithm of
-# each sum is kept: with it the backward pass computes P again, tile by tile. There a program does first what its tile
-# receives as keys, from all later rows, then what it receives as rows, from all earlier keys: so each has the same
-# work, and no two of them write to one place.
+# On a GPU one kernel each way does it all (in Triton), so that scores never leave the chip. A program takes TILE rows
+# of a head and meets their keys TILE by TILE. For each row it holds the largest score so far, the sum of the
+# exponentials, and the sum of the values that they weight; where a larger score comes, both are scaled down (online
+# softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). Causality asks for a mask in the last tile
+# only. The logarithm of each sum is kept: with it the backward pass computes P again, tile by tile. There a program
+# does first what its tile receives as keys, from all later rows, then what it receives as rows, from all earlier keys:
+# so all have about the same work, and no two of them write to one place.
 
 TILE = 64
 
@@ -288,8 +288,10 @@ if triton:
 
 
 def alike(*tensors):
-    """Tensors as the kernels want them: of the same strides, the last of which is 1."""
-    same = all(x.stride() == tensors[0].stride() and x.stride(-1) == 1 for x in tensors)
+    """Tensors as the kernels want them: of the same strides, the last of which is 1, and 32 bits count what is between
+    the rows of a head."""
+    same = all(x.stride() == tensors[0].stride() and x.stride(-1) == 1 and x.stride(-2) * x.shape[-2] < 2 ** 31
+               for x in tensors)
     return tensors if same else tuple(x.contiguous() for x in tensors)
 
 
@@ -301,8 +303,9 @@ def kernel_attention(q, k, v, own_k=None, own_v=None):
     out = q.new_empty(B, C, heads, d).transpose(1, 2)
     log = q.new_empty(0 if own else (B, heads, T), dtype=torch.float32)
     strides = [stride for x in (q, k, out) for stride in x.stride()[:3]]
-    attend[-(-C // TILE) * B * heads,](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2), *strides,
-                                       OWN=own, D=d, TILE=TILE)
+    with torch.cuda.device_of(q):                      # Triton starts kernels on the current GPU
+        attend[-(-C // TILE) * B * heads,](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2),
+                                           *strides, OWN=own, D=d, TILE=TILE)
     return out, log
 
 
@@ -323,8 +326,9 @@ class KernelAttention(torch.autograd.Function):
         (B, heads, T, d), scale, (grad,) = q.shape, q.shape[-1] ** -0.5, alike(grad)
         dq, dk, dv = q.new_empty(B, T, 3, heads, d).permute(2, 0, 3, 1, 4)
         strides = [stride for x in (q, out, grad, dq) for stride in x.stride()[:3]]
+        # num_stages=1: to read ahead would take registers, and fewer programs would run side by side
         attend_backward[-(-T // TILE) * B * heads,](q, k, v, out, log, grad, dq, dk, dv, heads, T, scale / math.log(2),
-                                                    scale, *strides, D=d, TILE=TILE, num_stages=1)   # registers are few
+                                                    scale, *strides, D=d, TILE=TILE, num_stages=1)
         return dq, dk, dv
 
 
@@ -339,8 +343,11 @@ def kernels_run(device):
 
 
 def has_kernel(x, *kinds):
-    """Whether x [..., d] is on a GPU where kernels run, of one of these types, and d is as matrix units take it."""
-    return x.is_cuda and x.dtype in kinds and x.shape[-1] in (16, 32, 64, 128) and kernels_run(x.device)
+    """Whether x [..., d] is on a GPU where kernels run, of one of these types, and d is as matrix units take it, and so
+    small that all tiles fit on the chip."""
+    d = x.shape[-1]
+    return (x.is_cuda and x.dtype in kinds and d in (16, 32, 64, 128) and d * x.element_size() <= 256
+            and kernels_run(x.device))
 
 
 def fused_attention(q, k, v):
@@ -348,8 +355,8 @@ def fused_attention(q, k, v):
     they like -> [B, heads, T, d]. Differentiable once.
 
     On a GPU the kernels are faster than the library for narrow heads, such as a model has here, in 16 bits, and where
-    there is so much to do that the time to start them does not count; for all else the library is (measured by
-    evaluate.py --speed)."""
+    there is so much to do that the time to start them does not count. For all else the library does it there (README,
+    "How fast is it?")."""
     with torch.autocast(q.device.type, enabled=False):
         large = q.shape[-1] <= HEAD and q.numel() >= 2 ** 22
         if q.is_cuda and not (large and has_kernel(q, torch.bfloat16, torch.float16)):

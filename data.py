@@ -148,6 +148,8 @@ def pick_device(name=""):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)              # kernels written by hand start on the current one
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except Exception:  # each backend has its own way to be absent

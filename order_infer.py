@@ -170,10 +170,15 @@ def shared_orders(model, tokens, words, kind, rank=0, world=1, **how):
 
 
 def images_at_once(model):
-    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it; on a
-    GPU within 512 MB, as it would do little else than wait for the next call."""
-    numbers = 2 ** 23 if model.hop.device.type == "cpu" else 2 ** 27
-    return max(1, numbers // (model.N * max(4 * model.config["width"], model.V)))
+    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it. A
+    GPU would wait for Python most of the time: there within 512 MB, if all layers together (30 B x N x D bytes each)
+    take less than half of its memory."""
+    device, D = model.hop.device, model.config["width"]
+    widest = model.N * max(4 * D, model.V)
+    if device.type != "cuda":
+        return max(1, 2 ** 23 // widest)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(2 ** 27 // widest, memory // (60 * len(model.blocks) * model.N * D)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1211,8 +1211,9 @@ def test_fused_attention_equals_the_reference(T, d, dtype, tolerance):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(not anyorder.triton or not torch.cuda.is_available() and not os.getenv("TRITON_INTERPRET"),
-                    reason="needs a GPU, or TRITON_INTERPRET=1; and Triton")
+@pytest.mark.skipif(not (anyorder.kernels_run(torch.device("cuda")) if torch.cuda.is_available()
+                         else anyorder.triton and os.getenv("TRITON_INTERPRET")),
+                    reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("B, heads, T, C, d", ((2, 3, 1, 1, 32), (1, 2, 64, 65, 16), (2, 3, 65, 20, 32),
                                                (1, 2, 130, 200, 64)))
 @pytest.mark.parametrize("dtype, tolerance", (      # Triton's interpreter cannot multiply bfloat16
@@ -1269,6 +1270,9 @@ def test_a_gpu_computes_what_a_cpu_does(kind, tolerance):
             found[device] = [model.log_probs(t, captions, o).cpu(), *(offer.cpu() for offer in offers)]
     for a, b in zip(found["cpu"], found["cuda"]):
         assert (a.exp() - b.exp()).abs().max() < tolerance
+    many = torch.zeros(2 ** 17, 1, 1, 32, device="cuda", dtype=kind, requires_grad=True)   # enough work for the kernels
+    way = anyorder.fused_attention(many, many, many).grad_fn.name()
+    assert way.startswith("KernelAttention") is (kind == torch.bfloat16 and anyorder.kernels_run(many.device))
 
 
 @pytest.mark.parametrize("T", (1, 5, 20, 35))        # d = 4: beyond 16 the probabilities are computed again
@@ -1846,6 +1850,15 @@ def test_bad_arguments_are_one_line(tmp_path):
         with pytest.raises(UserError, match="not available"):
             pick_device(name)
     assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda", "mps")
+
+
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)       # as if there were two
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    names = ["cuda:1", "cuda", "cpu"]
+    assert [pick_device(name) for name in names] == [torch.device(name) for name in names]
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_shared_flags():

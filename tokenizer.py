@@ -291,7 +291,7 @@ def precision(device):
     best, n = dict.fromkeys((torch.float32, torch.bfloat16), math.inf), 256 if device.type == "cpu" else 2048
     for _ in range(8):                                 # in turns, and the best counts: others may use the machine
         for dtype in best:
-            a = torch.ones(n, n, device=device, dtype=dtype)     # a GPU needs more than its calls take
+            a = torch.ones(n, n, device=device, dtype=dtype)     # so much that starting it does not count
             start = time.perf_counter()
             (a @ a).sum().item()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
