@@ -358,10 +358,11 @@ def fused_attention(q, k, v):
     there is so much to do that the time to start them does not count. For all else the library does it there (README,
     "How fast is it?")."""
     with torch.autocast(q.device.type, enabled=False):
-        large = q.shape[-1] <= HEAD and q.numel() >= 2 ** 22
-        if q.is_cuda and not (large and has_kernel(q, torch.bfloat16, torch.float16)):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return (KernelAttention if q.is_cuda else FusedAttention).apply(q, k, v)
+        if not q.is_cuda:
+            return FusedAttention.apply(q, k, v)
+        if q.shape[-1] <= HEAD and q.numel() >= 2 ** 22 and has_kernel(q, torch.bfloat16, torch.float16):
+            return KernelAttention.apply(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def candidate_attention(q, k, v, prefix_k, prefix_v):

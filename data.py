@@ -149,7 +149,7 @@ def pick_device(name=""):
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)              # kernels written by hand start on the current one
+            torch.cuda.set_device(device)              # what names no GPU, such as a wait for it, means this
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except Exception:  # each backend has its own way to be absent

@@ -603,12 +603,17 @@ MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64,
 SECONDS = {"cpu": 12, "cuda": 3}                       # for each comparison; or five rounds, where they take longer
 
 
+def sizes_for(device):
+    """What is measured there, and for how long: "cuda", or for every other device "cpu"."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 def medians(device, *functions):
     """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them,
     there and back (1 2 3 3 2 1 ...), so that none always finds the caches as the same other has left them; the first
     round only warms up."""
     times, began, wait = [[] for _ in functions], time.perf_counter(), getattr(torch, device.type).synchronize
-    turns, seconds = list(zip(functions, times)), SECONDS["cuda" if device.type == "cuda" else "cpu"]
+    turns, seconds = list(zip(functions, times)), SECONDS[sizes_for(device)]
     while len(times[0]) < 5 or time.perf_counter() - began < seconds:
         for function, own in turns:
             start = time.perf_counter()
@@ -707,7 +712,7 @@ def untrained(device, side, width, layers, order_head=False):
 
 def attention_speed(device, dtype):
     """fused_attention beside the library's kernel and beside its own definition, forward and backward, in ms."""
-    for (B, heads, T, d), targets in ATTENTION["cuda" if device.type == "cuda" else "cpu"].items():
+    for (B, heads, T, d), targets in ATTENTION[sizes_for(device)].items():
         x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
         grad = torch.randn(B, T, heads * d, device=device).to(dtype)
 
@@ -842,7 +847,7 @@ def memory_use(device, dtype):
 def speed_table(device, out):
     """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 5 minutes; on a GPU
     14 GB of its memory."""
-    dtype, model = anyorder.precision(device), dict(MODELS["cuda" if device.type == "cuda" else "cpu"])
+    dtype, model = anyorder.precision(device), dict(MODELS[sizes_for(device)])
     batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
     dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)
     parts = [part(device, each) for part in (attention_speed, candidate_speed) for each in dtypes] + [
