@@ -195,6 +195,8 @@ class FusedAttention(torch.autograd.Function):
 TILE = 64
 
 if triton:
+    EXACT = tl.constexpr("tf32x3")                     # float32: three products of TF32, as exact, on matrix units
+
     @triton.jit
     def read_tile(x, stride, first, T, D: tl.constexpr, TILE: tl.constexpr):
         """Rows first .. first + TILE of x [T, D]: [TILE, D], 0 behind the last."""
@@ -230,14 +232,14 @@ if triton:
         for masked in tl.static_range(2):              # whole tiles, then the last one
             for start in range(whole if masked else 0, end if masked else whole, TILE):
                 keys, values = read_tile(k, kt, start, T, D, TILE), read_tile(v, kt, start, T, D, TILE)
-                score = tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits
+                score = tl.dot(rows, tl.trans(keys), input_precision=EXACT) * bits
                 if masked:
                     key = start + tl.arange(0, TILE)[None, :]
                     score = tl.where(key < T if OWN else key <= row[:, None], score, -float("inf"))
                 higher = tl.maximum(top, tl.max(score, 1))
                 p, less = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
                 total = total * less + tl.sum(p, 1)
-                found = tl.dot(p.to(values.dtype), values, found * less[:, None], input_precision="ieee")
+                found = tl.dot(p.to(values.dtype), values, found * less[:, None], input_precision=EXACT)
                 top = higher
         write_tile(out + b * ob + h * oh, ot, first, C, found / total[:, None], D, TILE)
         if not OWN:
@@ -263,12 +265,12 @@ if triton:
                 rows, g = read_tile(q, qt, start, T, D, TILE), read_tile(grad, gt, start, T, D, TILE)
                 mean = tl.sum(g.to(tl.float32) * read_tile(out, ot, start, T, D, TILE), 1)
                 sums = tl.load(log + row, mask=row < T, other=float("inf"))
-                p = tl.exp2(tl.dot(keys, tl.trans(rows), input_precision="ieee") * bits - sums[None, :])   # P^T
+                p = tl.exp2(tl.dot(keys, tl.trans(rows), input_precision=EXACT) * bits - sums[None, :])   # P^T
                 if masked:
                     p = tl.where(here[:, None] <= row[None, :], p, 0.0)
-                to_values = tl.dot(p.to(g.dtype), g, to_values, input_precision="ieee")
-                ds = p * (tl.dot(values, tl.trans(g), input_precision="ieee") - mean[None, :])
-                to_keys = tl.dot(ds.to(rows.dtype), rows, to_keys, input_precision="ieee")
+                to_values = tl.dot(p.to(g.dtype), g, to_values, input_precision=EXACT)
+                ds = p * (tl.dot(values, tl.trans(g), input_precision=EXACT) - mean[None, :])
+                to_keys = tl.dot(ds.to(rows.dtype), rows, to_keys, input_precision=EXACT)
         write_tile(dk + to, dt, first, T, to_keys * scale, D, TILE)
         write_tile(dv + to, dt, first, T, to_values, D, TILE)
 
@@ -279,11 +281,11 @@ if triton:
         for masked in tl.static_range(2):
             for start in range(first if masked else 0, first + TILE if masked else first, TILE):
                 keys, values = read_tile(k, qt, start, T, D, TILE), read_tile(v, qt, start, T, D, TILE)
-                p = tl.exp2(tl.dot(rows, tl.trans(keys), input_precision="ieee") * bits - sums[:, None])
+                p = tl.exp2(tl.dot(rows, tl.trans(keys), input_precision=EXACT) * bits - sums[:, None])
                 if masked:
                     p = tl.where(start + tl.arange(0, TILE)[None, :] <= here[:, None], p, 0.0)
-                ds = p * (tl.dot(g, tl.trans(values), input_precision="ieee") - mean[:, None])
-                to_rows = tl.dot(ds.to(keys.dtype), keys, to_rows, input_precision="ieee")
+                ds = p * (tl.dot(g, tl.trans(values), input_precision=EXACT) - mean[:, None])
+                to_rows = tl.dot(ds.to(keys.dtype), keys, to_rows, input_precision=EXACT)
         write_tile(dq + to, dt, first, T, to_rows * scale, D, TILE)
 
 
@@ -305,7 +307,7 @@ def kernel_attention(q, k, v, own_k=None, own_v=None):
     strides = [stride for x in (q, k, out) for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):                      # Triton starts kernels on the current GPU
         attend[-(-C // TILE) * B * heads,](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2),
-                                           *strides, OWN=own, D=d, TILE=TILE)
+                                           *strides, OWN=own, D=d, TILE=TILE, num_stages=1 if own else 3)
     return out, log
 
 
@@ -333,34 +335,35 @@ class KernelAttention(torch.autograd.Function):
 
 
 @functools.cache
-def kernels_run(device):
-    """Whether they do: Triton may be missing, or what it compiles with (a C compiler, the headers of Python)."""
+def kernels_run(device, dtype):
+    """Whether they do: Triton may be missing, or what it compiles with (a C compiler, the headers of Python), and a GPU
+    may be too old for the type."""
     try:
-        kernel_attention(*torch.zeros(3, 1, 1, 1, HEAD, device=device, dtype=torch.bfloat16))
+        kernel_attention(*torch.zeros(3, 1, 1, 1, HEAD, device=device, dtype=dtype))
     except Exception:
         return False
     return True
 
 
-def has_kernel(x, *kinds):
-    """Whether x [..., d] is on a GPU where kernels run, of one of these types, and d is as matrix units take it, and so
-    small that all tiles fit on the chip."""
+def has_kernel(x):
+    """Whether x [..., d] is on a GPU where kernels run, and of a type that they know, and d is as matrix units take it,
+    and so small that all tiles fit on the chip."""
     d = x.shape[-1]
-    return (x.is_cuda and x.dtype in kinds and d in (16, 32, 64, 128) and d * x.element_size() <= 256
-            and kernels_run(x.device))
+    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and d in (16, 32, 64, 128)
+            and d * x.element_size() <= 256 and kernels_run(x.device, x.dtype))
 
 
 def fused_attention(q, k, v):
     """What reference_attention computes, by hand: q, k, v [B, heads, T, d] of one floating type, T >= 1, strided as
     they like -> [B, heads, T, d]. Differentiable once.
 
-    On a GPU the kernels are faster than the library for narrow heads, such as a model has here, in 16 bits, and where
-    there is so much to do that the time to start them does not count. For all else the library does it there (README,
-    "How fast is it?")."""
+    On a GPU the kernels are faster than the library for narrow heads, such as a model has here, and where there is so
+    much to do that the time to start them does not count. For all else the library does it there (README, "How fast is
+    it?")."""
     with torch.autocast(q.device.type, enabled=False):
         if not q.is_cuda:
             return FusedAttention.apply(q, k, v)
-        if q.shape[-1] <= HEAD and q.numel() >= 2 ** 22 and has_kernel(q, torch.bfloat16, torch.float16):
+        if q.shape[-1] <= HEAD and q.numel() >= 2 ** 22 and has_kernel(q):
             return KernelAttention.apply(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -374,7 +377,7 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
     (B, heads, C, d), T = q.shape, prefix_k.shape[2]
     if T == 0:
         return v.clone()                                                   # each has only itself to attend to
-    if has_kernel(q, torch.bfloat16, torch.float16, torch.float32):
+    if has_kernel(q):
         return kernel_attention(q, prefix_k, prefix_v, k, v)[0]
     out, scale = q.new_empty(B, C, heads, d).transpose(1, 2), d ** -0.5
     bits = scale / math.log(2)                         # e^x = 2^(x / ln 2), which CPUs compute faster

@@ -594,7 +594,8 @@ def draw_comparison(shown, captions, rows, cols, path):
 
 # (B, heads, T, d): at least so many times as fast as the library's attention in float32, in bfloat16
 ATTENTION = {"cpu": {(128, 6, 64, 32): (1.2, 4), (8, 8, 256, 64): (1, 2.5), (4, 8, 1024, 64): (0.8, 1.3)},
-             "cuda": dict.fromkeys(((64, 24, 264, 32), (32, 24, 1024, 32)), (None, 1))}    # float32 is the library's
+             "cuda": {(64, 24, 264, 32): (1, 1), (32, 24, 1024, 32): (1, 1)}}
+CANDIDATES = {"cpu": (16, 8, 128, 128, 64), "cuda": (128, 24, 128, 128, 32)}               # (B, heads, T, C, d)
 LONG = (1, 8, 4096, 64)                                # here the memory counts
 # cells per side; images in a training step, in plain drawing, in order inference
 MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 256},
@@ -727,9 +728,9 @@ def attention_speed(device, dtype):
 
 
 @torch.inference_mode()
-def candidate_speed(device, dtype, heads=8, T=128, C=128, d=64):
+def candidate_speed(device, dtype):
     """candidate_attention beside the better of the two obvious ways to do it with the library's kernel, in ms."""
-    B = 128 if device.type == "cuda" else 16
+    B, heads, T, C, d = CANDIDATES[sizes_for(device)]
     q, k, v = torch.randn(B, C, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     past = torch.randn(2, B, heads, 2 * T, d, device=device).to(dtype)[:, :, :, :T]
     ways = anyorder.candidate_attention, masked_candidates, repeated_candidates

@@ -1211,7 +1211,7 @@ def test_fused_attention_equals_the_reference(T, d, dtype, tolerance):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(not (anyorder.kernels_run(torch.device("cuda")) if torch.cuda.is_available()
+@pytest.mark.skipif(not (anyorder.kernels_run(torch.device("cuda"), torch.float32) if torch.cuda.is_available()
                          else anyorder.triton and os.getenv("TRITON_INTERPRET")),
                     reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("B, heads, T, C, d", ((2, 3, 1, 1, 32), (1, 2, 64, 65, 16), (2, 3, 65, 20, 32),
@@ -1247,9 +1247,9 @@ def test_kernels_that_do_not_run_are_not_used(monkeypatch):
                 raise fault
         monkeypatch.setattr(anyorder, "kernel_attention", start)
         anyorder.kernels_run.cache_clear()
-        assert anyorder.kernels_run(torch.device("cpu")) is (fault is None)
+        assert anyorder.kernels_run(torch.device("cpu"), torch.float32) is (fault is None)
     anyorder.kernels_run.cache_clear()
-    assert not anyorder.has_kernel(torch.zeros(1, 32), torch.float32)      # not on a GPU
+    assert not anyorder.has_kernel(torch.zeros(1, 32))      # not on a GPU
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1272,7 +1272,7 @@ def test_a_gpu_computes_what_a_cpu_does(kind, tolerance):
         assert (a.exp() - b.exp()).abs().max() < tolerance
     many = torch.zeros(2 ** 17, 1, 1, 32, device="cuda", dtype=kind, requires_grad=True)   # enough work for the kernels
     way = anyorder.fused_attention(many, many, many).grad_fn.name()
-    assert way.startswith("KernelAttention") is (kind == torch.bfloat16 and anyorder.kernels_run(many.device))
+    assert way.startswith("KernelAttention") is anyorder.kernels_run(many.device, kind)
 
 
 @pytest.mark.parametrize("T", (1, 5, 20, 35))        # d = 4: beyond 16 the probabilities are computed again
