@@ -305,6 +305,7 @@ def kernel_attention(q, k, v, own_k=None, own_v=None):
     out = q.new_empty(B, C, heads, d).transpose(1, 2)
     log = q.new_empty(0 if own else (B, heads, T), dtype=torch.float32)
     strides = [stride for x in (q, k, out) for stride in x.stride()[:3]]
+    # num_stages: candidates meet few keys, so that reading ahead does not pay
     with torch.cuda.device_of(q):                      # Triton starts kernels on the current GPU
         attend[-(-C // TILE) * B * heads,](q, k, v, out, log, own_k, own_v, heads, C, T, d ** -0.5 / math.log(2),
                                            *strides, OWN=own, D=d, TILE=TILE, num_stages=1 if own else 3)
