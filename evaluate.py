@@ -847,7 +847,7 @@ def memory_use(device, dtype):
 
 def speed_table(device, out):
     """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 5 minutes; on a GPU
-    20 GB of its memory."""
+    about 20 GB of its memory."""
     dtype, model = anyorder.precision(device), dict(MODELS[sizes_for(device)])
     batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
     dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)

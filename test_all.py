@@ -1249,7 +1249,7 @@ def test_kernels_that_do_not_run_are_not_used(monkeypatch):
         anyorder.kernels_run.cache_clear()
         assert anyorder.kernels_run(torch.device("cpu"), torch.float32) is (fault is None)
     anyorder.kernels_run.cache_clear()
-    assert not anyorder.has_kernel(torch.zeros(1, 32))      # not on a GPU
+    assert not anyorder.has_kernel(torch.zeros(1, 32))                     # not on a GPU
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
