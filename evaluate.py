@@ -1,91 +1,123 @@
-"""The idea: which order draws better is a question of evidence, so every order is measured in the same way.
+"""Which order draws better? All draw the same captions and score the same images.
 
-Each (model, order) draws the same captions and scores the same held-out images; one table compares them:
-
-    nats/token         - 1/N sum_k log p(x_{o_k} | past) on held-out images: exact for every order that is chosen from
-                       the past alone. No judge and no noise, but it does not say whether the images look right
-    Frechet            |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) between features of drawn and of held-out images
-                       ("to recon": of held-out images as the tokenizer renders them, which takes its own loss out)
-                       (with --draws R: mean and standard deviation of R sets of drawn images)
-    KID                the same question by an unbiased kernel estimate (Binkowski et al. 2018), times 1000
-    precision, recall  share of drawn images that lie among held-out ones, and the reverse (Kynkaanniemi et al. 2019)
-    class seen         how often the judge network names the caption that was asked for
-    LPIPS              distance to the truth where half of an image is given and the model draws the other: the mean of
-                       all four halves, and the lower one by itself, which is all that raster order is made for
+    nats/token         - 1/N sum_k log p(x_{o_k} | past) of held-out images: no judge,
+                       no noise. Exact if the order depends on the past alone. A bound
+                       for random orders: a mean over single orders, and an image
+                       costs less
+    Frechet            |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) between features of
+                       drawn and of held-out images, or ("to recon") of the latter's
+                       reconstructions, which takes the tokenizer's own loss out
+    KID                the same by an unbiased kernel estimate (Binkowski et al. 2018),
+                       times 1000
+    precision, recall  share of drawn images that lie among held-out ones; the reverse
+    class seen         how often the judge names the caption that was asked for
+    LPIPS              distance to the truth where the model draws one half of an image:
+                       mean of four halves, and the lower half, which suits raster order
     step, touches ...  what the order looks like, and what training and drawing cost
 
-Without weights to load, the features are those of a small *judge* network, trained here on the data itself. Such a
-distance ranks models on one data set; it is never called FID. `--inception` takes the network that defines FID.
+The features are those of a small *judge* network, trained here on the data. Such a
+distance ranks models on one data set; it is never called FID. --weights takes the
+networks of FID and LPIPS.
 
 reads    models (.pt of anyorder.py and finetune.py), out/tokenizer.pt, the images
-writes   out/judge.pt, out/results.json, out/results.png (main figures as bars), out/compare.png (the same captions
-         drawn in each order, with the orders)
-run      python evaluate.py                                           all models in out/, 500 images each
-         python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned out/ordered.pt:frozen --n 2000
-         python evaluate.py --speed                                   speed and memory, 5 minutes; writes out/speed.json
+writes   out/judge.pt, out/results.json,
+         out/compare.png (the same captions drawn in each order, beside the orders)
+run      python evaluate.py                 all models in out/, 500 images each
+         python evaluate.py --models out/raster.pt:raster out/ordered.pt:learned@16
+         python evaluate.py --speed         3 to 6 minutes on an idle machine
 you see  the table, and below it whether the judge can be trusted
-not here training the models (anyorder.py, finetune.py); what people think of the images
+not here training the models (anyorder.py, finetune.py)
 """
 
 import collections
+import contextlib
 import functools
+import inspect
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
+import types
 import warnings
-import weakref
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 import anyorder
-from anyorder import in_turn, join, load_model, rank_of
-from data import (SUNSET_LABELS, UserError, arguments, fingerprint, load, open_data, pick_device, printable,
-                  render_sunset, replacing, restore, run, save, save_picture, sheet, to_float, to_uint8)
-from order_infer import infer_orders, order_maps, rank_correlation
-from sample import ORDERS, frozen_policy, generate, read_mask
-from tokenizer import load_tokenizer, seeded
+from anyorder import FIXED_ORDERS, load_model, rank_of
+from data import (SUNSET_LABELS, VERSION, Sunsets, UserError, arguments, autocast, command_line,
+                  fingerprint, in_turn, join, load, number, open_data, pick_device, precision,
+                  printable, progress, render_sunset, replacing, restore, run, save, seeded,
+                  to_float, to_uint8, writable)
+from order_infer import infer_orders, order_maps
+from sample import ORDERS, check_order, frozen_policy, generate, named_mask, page
+from tokenizer import load_tokenizer, update
 
-HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n, where that is more)
-KEPT = 4_000         # of these, so many stay in memory as pictures: for completions and to validate the judge
-NEIGHBOURS = 3       # k of precision and recall; so fewer than 4 images cannot be compared
-SAMPLE = 256         # orders that are compared between rows, at most
+JUDGED = "Frechet (judge)"    # never called FID
+BATCH = 100          # images at once
+HELD_OUT = 10_000    # held-out images that drawn ones are compared with, at most (or --n)
+KEPT = 4_000         # this many of them stay in memory as pictures
+LABELLED = 256       # and this many as maps of sun, cloud ..., which sunsets have
 COMPLETED = 512      # images of which a row completes each half, at most
 HALVES = ("bottom", "top", "left", "right")
-# What a model is asked for where --models names no order. "frozen" is "inferred", but the cells are chosen by the
-# any-order model, from whose choices the finetuned one has learned
-SENSIBLE = {"raster": ["raster"], "random": ["raster", "random", "inferred"],
-            "inferred": ["learned", "frozen", "inferred", "class"]}
-COLUMNS = {"nats": ("nats/token", ".4f"), "nats_error": ("+-", ".4f"), "versus": ("- first row", "+.4f"),
-           "versus_error": ("+-", ".4f"), "bits": ("bits/image", ".1f"), "frechet": ("Frechet", ".3f"),
-           "frechet_spread": ("+-", ".3f"), "recon": ("to recon", ".3f"), "recon_spread": ("+-", ".3f"),
-           "kid": ("KID x1000", ".3f"), "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
-           "class_seen": ("class seen", ".3f"), "lpips": ("LPIPS", ".4f"), "lpips_lower": ("lower half", ".4f"),
-           "lpips_lower_error": ("+-", ".4f")}
-MORE = {"step": ("step length", ".2f"), "touches": ("touches drawn", ".3f"), "sun_first": ("sun < cloud", ".3f"),
-        "glitter_last": ("sun < glitter", ".3f"), "train_steps": ("training steps", ",d"),
-        "tokens_seen": ("tokens seen", ",d"), "train_seconds": ("training s", ",.0f"),
-        "evaluations": ("evaluations/image", ",.0f")}
+NEIGHBOURS = 3       # k of precision and recall: they take k + 1 images or more
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between sets of features [n, f]. All in blocks: 50,000 images of 2,048 features stay below 4 GB.
+# The orders of a model for which --models names none
+SENSIBLE = {"random": ["raster", "random", "inferred"],
+            "inferred": ["learned", "inferred", "class"]}
+
+# The judge names captions if 2 to `captions` of them have `each` images or more.
+JUDGE = {"steps": 800, "epochs": 40, "batch": 64, "width": 32, "captions": 200, "each": 20}
+DAMAGES = {"noise": (0.3, 0.6, 1.2), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
+
+# Columns of the two tables: heading and format
+COLUMNS = {
+    "nats": ("nats/token", ".4f"),
+    "nats_error": ("+-", ".4f"),
+    "nats_are": ("", ""),
+    "versus": ("- first row", "+.4f"),
+    "versus_error": ("+-", ".4f"),
+    "frechet": ("Frechet", ".3f"),
+    "frechet_spread": ("+-", ".3f"),
+    "recon": ("to recon", ".3f"),
+    "recon_spread": ("+-", ".3f"),
+    "kid": ("KID x1000", ".3f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "class_seen": ("class seen", ".3f"),
+    "lpips": ("LPIPS", ".4f"),
+    "lpips_lower": ("lower half", ".4f"),
+    "lpips_lower_error": ("+-", ".4f"),
+}
+MORE = {
+    "step": ("step length", ".2f"),
+    "touches": ("touches drawn", ".3f"),
+    "sun_first": ("sun < cloud", ".3f"),
+    "glitter_last": ("sun < glitter", ".3f"),
+    "train_steps": ("training steps", ",d"),
+    "tokens_seen": ("tokens seen", ",d"),
+    "train_seconds": ("training s", ",.0f"),
+    "evaluations": ("evaluations/image", ",.0f"),
+}
+
+# -------------------------------------------------------------------------------------------------
+# 1. Distances between sets of features [n, f]
+#
+# All go in blocks: 50,000 images of 2,048 features stay below 4 GB.
+# All are computed on the CPU: Apple's GPU has no float64.
 
 
 def moments(x, chunk=8192):
-    """Features [n, f] -> mean [f] and root [<= f, f] with root^T root = covariance (over n - 1); float64.
+    """Features [n, f] -> mean [f], root [<= f, f]
+    with root^T root = covariance.
 
-    Chunk by chunk, a QR decomposition of the centred features: a covariance matrix would square them first and lose
-    half of the digits."""
+    A covariance matrix would lose half of the
+    digits, QR decompositions do not."""
+    x = x.cpu()
     mean = x.mean(0, dtype=torch.float64)
     root = torch.empty(0, x.shape[1], dtype=torch.float64)
     for part in x.split(chunk):
@@ -94,165 +126,135 @@ def moments(x, chunk=8192):
 
 
 def frechet(p, q):
-    """Frechet distance of two Gaussians, each as `moments` gives it: a float >= 0.
+    """Frechet distance of two Gaussians, each as
+    `moments` gives it: a float >= 0.
 
-    With S = R^T R, tr sqrt(S1 S2) is the nuclear norm (sum of singular values) of R1 R2^T. No matrix square root: that
-    of a singular product, which any n < f gives, turns complex or wrong."""
+    It is FID for features of the 2015 Inception network only
+    (Heusel et al. 2017). With S = R^T R, tr sqrt(S1 S2) is the
+    nuclear norm (sum of singular values) of R1 R2^T. A matrix
+    square root fails where n < f makes the product singular."""
     (mean1, root1), (mean2, root2) = p, q
     cross = torch.linalg.svdvals(root1 @ root2.T).sum()
-    return max(0.0, ((mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * cross).item())
+    apart = (mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum()
+    return max(0.0, (apart - 2 * cross).item())
 
 
 def frechet_distance(a, b):
-    """Frechet distance of features a [n, f] and b [m, f], of any float type, n and m >= 2 and also below f: a float.
-    It is FID if the features are those of the 2015 Inception network (Heusel et al. 2017), and only then."""
+    """Frechet distance of features a [n, f] and b [m, f]: a float."""
     return frechet(moments(a), moments(b))
 
 
 def kernel_distance(a, b, block=2048):
-    """KID, the unbiased squared MMD of features a [n, f] and b [m, f] with kernel (x.y / f + 1)^3: a float, which may
-    be slightly negative. Over all pairs, where the usual code averages random subsets."""
-    def total(x, y):
-        return sum(((u.double() @ v.double().T / x.shape[1] + 1) ** 3).sum().item()
-                   for u in x.split(block) for v in y.split(block))
+    """KID of features a [n, f] and b [m, f]: a
+    float, perhaps slightly negative.
 
-    def within(x):                                     # pairs i != j only: this is what makes the estimate unbiased
+    The unbiased squared MMD with kernel (x.y / f + 1)^3, over
+    all pairs; the usual code averages over random subsets."""
+    def total(x, y):
+        found = 0.0
+        for u in x.split(block):
+            for v in y.split(block):
+                found += ((u.double() @ v.double().T / x.shape[1] + 1) ** 3).sum().item()
+        return found
+
+    def within(x):
+        # pairs i != j only: this makes the estimate unbiased
         same = ((x.double().square().sum(1) / x.shape[1] + 1) ** 3).sum().item()
         return (total(x, x) - same) / (len(x) * (len(x) - 1))
+
+    a, b = a.cpu(), b.cpu()
     return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
 def precision_recall(real, drawn, k=NEIGHBOURS, block=1024):
-    """Share of `drawn` [m, f] within the k-th nearest neighbour ball of any of `real` [n, f], and the reverse:
-    (precision, recall) in 0..1. Precision is quality, recall is diversity."""
-    real, drawn = real - real.mean(0), drawn - real.mean(0)                # the distances stay, float32 loses less
+    """(precision, recall) of features [n, f] and
+    [m, f] (Kynkaanniemi et al. 2019).
 
-    def radii(x):                                      # k + 1, as the nearest of all is the image itself
-        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(block)])
+    Precision: the share of `drawn` inside a ball around any
+    of `real` that reaches to its k-th nearest neighbour. It
+    is quality. Recall, the reverse, is diversity."""
+    def covered(points, x):
+        near = [torch.cdist(part, x).topk(k + 1, largest=False).values for part in x.split(block)]
+        radius = torch.cat(near)[:, k]  # number 0 is the image itself
+        inside = [(torch.cdist(part, x) <= radius).any(1) for part in points.split(block)]
+        return torch.cat(inside).double().mean().item()
 
-    def covered(points, x, radius):
-        return torch.cat([(torch.cdist(part, x) <= radius).any(1)
-                          for part in points.split(block)]).double().mean().item()
-    return covered(drawn, real, radii(real)), covered(real, drawn, radii(drawn))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LPIPS, a distance between two images
+    real, drawn = real.cpu(), drawn.cpu()
+    # centred: the distances stay the same, and float32 loses less
+    real, drawn = real - real.mean(0), drawn - real.mean(0)
+    return covered(drawn, real), covered(real, drawn)
 
 
 def lpips(x, y, net):
-    """LPIPS v0.1 (Zhang et al. 2018, eq. 1): sum over layers of the mean over places of w . (x / |x| - y / |y|)^2.
+    """LPIPS v0.1 (Zhang et al. 2018, eq. 1), a distance of images: [B], 0 for equal ones.
 
-    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]) -> [B], 0 for equal images. `net` has .activations(images), a list
-    of [B, C, h, w], and .weights, a list of [C] (or [1], the same for all channels)."""
+        sum over layers of the mean over places of  w . (x / |x| - y / |y|)^2
+
+    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]). `net` has .activations(images), a list of
+    [B, C, h, w], and .weights, a list of [C] (or [1], the same for all channels)."""
+    def unit(z):
+        return z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
     total = 0
-    for a, b, w in zip(net.activations(x), net.activations(y), net.weights):
-        a, b = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (a, b))
-        total = total + ((a - b).square() * w.to(a).view(1, -1, 1, 1)).sum(1).mean((1, 2))
+    for a, b, weight in zip(net.activations(x), net.activations(y), net.weights):
+        difference = (unit(a) - unit(b)).square() * weight.to(a).view(1, -1, 1, 1)
+        total = total + difference.sum(1).mean((1, 2))
     return total
 
 
-class AlexNet(nn.Module):
-    """The convolutions of torchvision's alexnet, under their names there."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(),
-            nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU())
-
-    def activations(self, images):
-        shift, scale = (torch.tensor(v).view(3, 1, 1).to(images) for v in ([-.030, -.088, -.188], [.458, .448, .450]))
-        x, out = (images - shift) / scale, []          # v0.0 of LPIPS forgot this step
-        for layer in self.features:
-            x = layer(x)
-            out += [x] if isinstance(layer, nn.ReLU) else []
-        return out
-
-
-def load_lpips(backbone, linear, device="cpu"):
-    """AlexNet with the weights of torchvision's alexnet (`backbone`) and .weights from the lpips
-    package's v0.1/alex.pth (`linear`). Strict, since a missing or additional weight would give
-    plausible, wrong distances: UserError."""
-    net = AlexNet()
-    shapes = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
-    for path, what in ((backbone, "torchvision's alexnet"), (linear, "the linear weights of LPIPS v0.1 for alexnet")):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if path == backbone:
-                net.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
-            elif {k: tuple(v.shape) for k, v in state.items()} != shapes:
-                raise ValueError
-        except Exception:                              # a foreign file fails in a hundred ways
-            raise UserError(f"{printable(path)} does not hold {what}: --lpips-backbone takes torchvision's alexnet "
-                            ".pth, --lpips-linear the lpips package's weights/v0.1/alex.pth") from None
-    net.weights = [state[k].flatten() for k in shapes]
-    return net.requires_grad_(False).eval().to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features: the network that defines FID, or a judge trained on the data
-
-
-def load_inception(path, device="cpu"):
-    """A TorchScript file with the interface of inception-2015-12-05.pt -> (name of its Frechet distance, function of
-    uint8 images [B, 3, H, W] to features [B, f]). The network resizes by itself: images go in as they are, since
-    another resize gives another FID. UserError for other files."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")            # torch 2.13 calls TorchScript old; the published file is one
-            net = torch.jit.load(path, map_location=device).eval()
-        with torch.no_grad():
-            f = net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
-        if f.dim() != 2 or len(f) != 2 or not f.is_floating_point():
-            raise ValueError
-    except Exception:
-        raise UserError(f"{printable(path)} is not a network like inception-2015-12-05.pt (TorchScript, uint8 images "
-                        "to features by return_features=True): leave out --inception to use a judge") from None
-    name = "FID" if f.shape[1] == 2048 else "Frechet"  # any other features are not to be called FID
-    return name, lambda images: net(images, return_features=True).float()
+# -------------------------------------------------------------------------------------------------
+# 2. The judge: features learned from the data
 
 
 class Judge(nn.Module):
-    """A small convolutional network. config: task ("captions" or "rotations"), classes (list of str), width."""
-    weights = [torch.ones(1)] * 4                      # for `lpips`: all channels count the same
+    """config: task ("captions" or "rotations"), classes, width."""
+    weights = [torch.ones(1)] * 4  # for `lpips`: all channels count the same
 
     def __init__(self, config):
         super().__init__()
-        self.config, w = dict(config), config["width"]
-        self.convs = nn.ModuleList([nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1),
-                                    nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
-        self.norms = nn.ModuleList([nn.GroupNorm(c // 4, c) for c in (w, 2 * w, 4 * w, 4 * w)])
+        self.config = config
+        w = config["width"]
+        self.convs = nn.ModuleList([
+            nn.Conv2d(3, w, 5, 2, 2), nn.Conv2d(w, 2 * w, 3, 2, 1),
+            nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.Conv2d(4 * w, 4 * w, 3, 1, 1)])
+        channels = [conv.out_channels for conv in self.convs]
+        self.norms = nn.ModuleList([nn.GroupNorm(c // 4, c) for c in channels])
         self.head = nn.Linear(4 * w, len(config["classes"]))
-        self.sound = nn.Linear(4 * w, 1)               # is the image as it should be? (used in training only)
+        self.sound = nn.Linear(4 * w, 1)  # is the image intact? (in training only)
 
     def activations(self, images):
-        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]; beyond 64 pixels, averaged down to 64."""
-        x, out = images if images.shape[-1] <= 64 else F.adaptive_avg_pool2d(images, 64), []
+        """images [B, 3, H, W] float in [-1, 1] -> four of [B, C, h, w]."""
+        x = images
+        if x.shape[-1] > 64:
+            x = F.adaptive_avg_pool2d(x, 64)
+        out = []
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x)))
             out.append(x)
         return out
 
     def features(self, images):
-        return self.activations(images)[-1].mean((2, 3))                   # [B, 4 w]
+        return self.activations(images)[-1].mean((2, 3))  # [B, 4 w]
 
     def forward(self, images):
-        return self.head(self.features(images))
+        return self.head(self.features(images))  # [B, classes]
 
 
 def spoiled(image, chance):
-    """An image [3, S, S] in [-1, 1] made worse in one of three ways, more or less: pixels of random colours, a coarser
-    picture, patches that changed places. (Related to what validate_judge does, but not the same.)"""
-    S, kind, strength = image.shape[-1], torch.randint(3, (), generator=chance), torch.rand((), generator=chance).item()
-    if kind == 0:
+    """An image [3, S, S] in [-1, 1], damaged in one of three ways:
+    random pixels, a coarser picture, patches that changed places."""
+    S = image.shape[-1]
+    damage = torch.randint(3, (), generator=chance)
+    strength = torch.rand((), generator=chance).item()
+    if damage == 0:
         hit = torch.rand(1, S, S, generator=chance) < 0.02 + 0.3 * strength
         return torch.where(hit, torch.rand(3, S, S, generator=chance) * 2 - 1, image)
-    if kind == 1:
-        small = F.interpolate(image[None], size=[max(1, int(S / (1.3 + 3 * strength)))] * 2, mode="area")
+    if damage == 1:
+        side = max(1, int(S / (1.3 + 3 * strength)))
+        small = F.interpolate(image[None], size=[side, side], mode="area")
         return F.interpolate(small, size=[S, S], mode="bilinear")[0]
-    image, side = image.clone(), S // 4
+    image = image.clone()
+    side = S // 4
     for _ in range(1 + int(3 * strength)):
         y, x, v, u = torch.randint(S - side + 1, (4,), generator=chance).tolist()
         here = image[:, y:y + side, x:x + side].clone()
@@ -261,744 +263,761 @@ def spoiled(image, chance):
     return image
 
 
-def train_judge(dataset, seed=0, steps=800, batch=64, width=32, device="cpu"):
-    """A Judge of these images, repeatable by seed. It learns to name captions where there are 2 to 200 with at
-    least 20 images each, else to tell by how many quarter turns an image was rotated (Gidaris et al. 2018); and, so
-    that quality does not escape it, to tell images from spoiled ones. (Without this, features of captions hardly
-    see a blurred sky.)"""
+def train_judge(dataset, seed=0, device="cpu"):
+    """A Judge of these images, repeatable by seed.
+
+    It names captions, where a few have enough images each; else by how many quarter
+    turns an image was rotated (Gidaris et al. 2018). It also tells images from spoiled
+    ones: features of captions alone hardly see a blurred sky."""
     counts = collections.Counter(dataset.captions)
-    named = 2 <= len(counts) <= 200 and min(counts.values()) >= 20
-    classes = sorted(counts) if named else ["0", "90", "180", "270"]
+    task, classes = "rotations", ["0", "90", "180", "270"]
+    if 2 <= len(counts) <= JUDGE["captions"] and min(counts.values()) >= JUDGE["each"]:
+        task, classes = "captions", sorted(counts)
     torch.manual_seed(seed)
-    judge = Judge({"task": "captions" if named else "rotations", "classes": classes, "width": width}).to(device)
-    # 40 epochs at most
-    chance, steps = torch.Generator().manual_seed(seed), min(steps, 40 * math.ceil(len(dataset) / batch))
+    judge = Judge({"task": task, "classes": classes, "width": JUDGE["width"]}).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
-    with tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True) as bar:
-        for step in bar:
-            items = [dataset[i] for i in torch.randint(len(dataset), (batch,), generator=chance).tolist()]
-            turns = torch.randint(4, (batch,), generator=chance).tolist()
-            label = torch.tensor([classes.index(caption) for _, caption in items] if named else turns, device=device)
-            images = [to_float(image if named else image.rot90(k, (1, 2))) for (image, _), k in zip(items, turns)]
+    chance = torch.Generator().manual_seed(seed)
+    batch = JUDGE["batch"]
+    steps = min(JUDGE["steps"], JUDGE["epochs"] * math.ceil(len(dataset) / batch))
+    # each image is decoded once, as long as 512 MB hold them
+    read = functools.lru_cache(2 ** 29 // dataset[0][0].numel())(dataset.__getitem__)
+    with progress(steps, "judge", "step") as bar:
+        for step in range(steps):
+            picked = torch.randint(len(dataset), (batch,), generator=chance).tolist()
+            label = torch.randint(4, (batch,), generator=chance).tolist()
+            images, captions = zip(*map(read, picked))
+            if task == "captions":
+                label = [classes.index(caption) for caption in captions]
+            else:
+                images = [image.rot90(turns, (1, 2)) for image, turns in zip(images, label)]
+            images = [to_float(image) for image in images]
             images += [spoiled(image, chance) for image in images[:batch // 2]]
-            seen = judge.features(torch.stack(images).to(device))                      # [1.5 batch, 4 w]
+            seen = judge.features(torch.stack(images).to(device))  # [1.5 batch, 4 w]
             sound = (torch.arange(len(seen), device=device) < batch).float()
-            loss = (F.cross_entropy(judge.head(seen[:batch]), label)
+            loss = (F.cross_entropy(judge.head(seen[:batch]), torch.tensor(label, device=device))
                     + F.binary_cross_entropy_with_logits(judge.sound(seen)[:, 0], sound))
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return judge.requires_grad_(False).eval()
-
-
-def open_judge(out, dataset, size, seed, device):
-    """The judge from out/judge.pt where that was made of the same data, else a new one, kept there."""
-    path, made_from = os.path.join(out, "judge.pt"), {"data": dataset.fingerprint, "size": str(size), "seed": str(seed)}
-    file = load(path, "judge", f"rm {printable(path)}") if os.path.exists(path) else {"made_from": None}
-    if file["made_from"] == made_from:
-        judge = restore(Judge, file, path, f"rm {printable(path)}, then this")
-        return judge.requires_grad_(False).eval().to(device)
-    judge = train_judge(dataset, seed, device=device)
-    save(path, {"kind": "judge", "version": 1, "config": judge.config, "made_from": made_from,
-                "model": judge.state_dict()})
+            bar.update()
     return judge
 
 
-def corrupted(images, how, strength, chance):
-    """uint8 images [B, 3, S, S] made worse. noise: of standard deviation `strength` on the scale [-1, 1]; blur:
-    Gaussian, `strength` 32nds of the side; shuffle: this share of the 4x4 patches change places."""
+def open_judge(out, dataset, seed=0, device="cpu"):
+    """The judge in out/judge.pt if the same
+    recipe and data made it, else a new one.
+
+    Under torchrun every process trains it, so
+    none waits; then all take process 0's."""
+    path = os.path.join(out, "judge.pt")
+    recipe = [inspect.getsource(part) for part in (Judge, spoiled, train_judge)]
+    made_from = {"data": dataset.fingerprint, "size": dataset.size, "seed": seed,
+                 "recipe": fingerprint(JUDGE, recipe)}
+    judge = None
+    with contextlib.suppress(UserError):  # a damaged file costs a minute, no more
+        file = load(path, "judge", "python evaluate.py")
+        if file.get("made_from") == made_from:
+            judge = restore(Judge, file, path, "python evaluate.py")
+    judge = judge or train_judge(dataset, seed, device)
+    judge.load_state_dict(in_turn([judge.cpu().state_dict()])[0])
+    if join(torch.device(device))[0] == 0:
+        save(path, {"kind": "judge", "version": VERSION, "config": judge.config,
+                    "made_from": made_from, "model": judge.state_dict()})
+    return judge.requires_grad_(False).eval().to(device)
+
+
+def corrupted(images, damage, strength, chance):
+    """uint8 images [B, 3, S, S], damaged. noise: standard
+    deviation in [-1, 1]; blur: Gaussian, in 32nds of the side;
+    shuffle: share of the 4x4 patches that change places."""
     B, _, S, _ = images.shape
     x = to_float(images)
-    if how == "noise":
+    if damage == "noise":
         return to_uint8(x + strength * torch.randn(x.shape, generator=chance))
-    if how == "blur":
-        sigma = strength * max(S, 32) / 32             # less than a pixel would not blur
+    if damage == "blur":
+        sigma = strength * max(S, 32) / 32  # less than a pixel would change nothing
         reach = min(math.ceil(3 * sigma), S)
         bell = (-torch.arange(-reach, reach + 1).square() / (2 * sigma ** 2)).exp()
         bell = (bell / bell.sum()).expand(3, 1, -1)
-        x = F.pad(x, (reach,) * 4, mode="replicate")
-        return to_uint8(F.conv2d(F.conv2d(x, bell[:, :, None], groups=3), bell[..., None], groups=3))
+        x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+        x = F.conv2d(x, bell[:, :, None], groups=3)
+        return to_uint8(F.conv2d(x, bell[..., None], groups=3))
     side = S // 4
-    patches = F.unfold(x[..., :4 * side, :4 * side], side, stride=side)    # [B, 3 * side * side, 16]
-    place = torch.arange(16).repeat(B, 1)
-    who = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]
-    patches = patches.gather(2, place.scatter(1, who, who.roll(1, 1))[:, None].expand_as(patches))
+    patches = F.unfold(x[..., :4 * side, :4 * side], side, stride=side)  # [B, 3 side^2, 16]
+    source = torch.arange(16).repeat(B, 1)
+    moved = torch.rand(B, 16, generator=chance).argsort(1)[:, :round(16 * strength)]
+    source.scatter_(1, moved, moved.roll(1, 1))
+    patches = patches.gather(2, source[:, None].expand_as(patches))
     x[..., :4 * side, :4 * side] = F.fold(patches, 4 * side, side, stride=side)
     return to_uint8(x)
 
 
 def validate_judge(features, images, seed=0):
-    """Can a distance in these features be trusted? features: uint8 images -> [B, f]; images [n, 3, S, S] uint8, real.
+    """Can a distance in these features be
+    trusted? features: uint8 images -> [B, f].
 
-    One half of the images, damaged in three ways at three strengths, is compared with the other half. Returns a dict:
-    real (distance of the two halves), noise, blur, shuffle (three distances each), ratio (the mildest damage over
-    real) and ok: each of the three rises strictly, and ratio is at least 20."""
+    One half of real images, damaged, is compared with the other half. ->
+    dict: real (distance of the halves); three distances for each of DAMAGES;
+    ratio (mildest damage over real); ok (all rise, ratio is 20 or more)"""
     chance = torch.Generator().manual_seed(seed)
     half = len(images) // 2
     target = moments(features(images[half:2 * half]))
     report = {"real": frechet(moments(features(images[:half])), target)}
-    damage = {"noise": (0.3, 0.6, 1.2), "blur": (1, 2, 4), "shuffle": (0.25, 0.5, 1)}
-    for how, strengths in damage.items():
-        report[how] = [frechet(moments(features(corrupted(images[:half], how, s, chance))), target) for s in strengths]
-    report["ratio"] = min(report[how][0] for how in damage) / max(report["real"], 1e-12)
-    report["ok"] = report["ratio"] >= 20 and all(a < b < c for a, b, c in (report[how] for how in damage))
+    for damage, strengths in DAMAGES.items():
+        worse = [corrupted(images[:half], damage, strength, chance) for strength in strengths]
+        report[damage] = [frechet(moments(features(some)), target) for some in worse]
+    found = [report[damage] for damage in DAMAGES]
+    report["ratio"] = min(mildest for mildest, *_ in found) / max(report["real"], 1e-12)
+    report["ok"] = report["ratio"] >= 20 and all(one < two < three for one, two, three in found)
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What an order does. order [B, N] visit lists, rank [B, N] steps
+# -------------------------------------------------------------------------------------------------
+# 3. Rows. A row is a model and an order (see open_row). `bench` is what all
+# rows share: the flags, the networks and the held-out images (see open_bench).
+
+
+def evaluate_row(row, first, bench):
+    """Figures, and six images [6, 3, S, S] with their ranks [6, N].
+
+    `first` is the first row. Processes share the
+    batches, and all get the same result."""
+    features, figures, shown = draw_images(row, bench)
+    about = row.model.about
+    figures.update(compare_features(features, bench), name=row.name, train_steps=about["step"],
+                   tokens_seen=about["tokens_seen"], train_seconds=about["seconds"],
+                   weights=fingerprint(row.model.state_dict()), **complete_images(row, bench))
+    if not row.steps:  # nats and ranks are those of one cell at a time
+        figures.update(score_images(row, first, bench))
+    return figures, shown
+
+
+def mean_and_error(x):
+    return x.mean().item(), x.std().item() / math.sqrt(len(x))
+
+
+def my_batches(count, bench, phase, title):
+    """(slice, generator) of each batch that this process
+    computes. The generator depends on the batch alone:
+    not on the row, nor on the number of processes."""
+    process, world = join(bench.device)
+    starts = range(process * BATCH, count, world * BATCH)
+    with progress(len(starts), f"{title} {phase}", "batch") as bar:
+        for start in starts:
+            generator = seeded(bench.seed, phase, start, device=bench.device)
+            yield slice(start, min(start + BATCH, count)), generator
+            bar.update()
+
+
+@torch.inference_mode()
+def draw_images(row, bench):
+    """`draws` sets of n images, each set for the same captions.
+
+    -> features [draws * n, f], figures, and what evaluate_row shows"""
+    asked = []  # of the output layers: the cost of drawing, on any machine
+
+    def count(layer, inputs, output):
+        asked.append(output.shape[:-1].numel())
+
+    hooks = [model.to_token.register_forward_hook(count)
+             for model in (row.model, row.how["policy"]) if model]
+    classes, total = bench.judge.config["classes"], bench.draws * bench.n
+    parts = []
+    for batch, generator in my_batches(total, bench, "draw", row.name):
+        captions = [bench.captions[i % bench.n % len(bench.captions)]
+                    for i in range(batch.start, batch.stop)]
+        start = time.perf_counter()
+        tokens, order = generate(row.model, captions, steps=row.steps, guidance=bench.guidance,
+                                 generator=generator, **row.how)
+        # rounded, as in a PNG: truncated would be darker
+        images = to_uint8(bench.tokenizer.decode(tokens)).cpu()
+        seconds = time.perf_counter() - start
+        guess = bench.judge(to_float(images).to(bench.device)).argmax(1).tolist()
+        seen = sum(classes[k] == caption for k, caption in zip(guess, captions))
+        shown = images[:6], rank_of(order)[:6].cpu()
+        parts.append((bench.features(images), shown, seen, seconds, sum(asked)))
+        asked.clear()
+    for hook in hooks:
+        hook.remove()
+    features, shown, *sums = zip(*in_turn(parts))
+    seen, seconds, evaluations = map(sum, sums)
+    figures = {"evaluations": evaluations / total,
+               "images_per_second": total * join(bench.device)[1] / seconds}
+    if bench.judge.config["task"] == "captions":
+        figures["class_seen"] = seen / total
+    return torch.cat(features), figures, shown[0]
+
+
+def compare_features(features, bench):
+    """Figures: distances of drawn to held-out
+    features, means over sets of n."""
+    sets = []
+    for part in features.split(bench.n):
+        drawn = moments(part)
+        sets.append([frechet(drawn, bench.moments), frechet(drawn, bench.recon),
+                     1000 * kernel_distance(part, bench.real),
+                     *precision_recall(bench.real, part)])
+    sets = torch.tensor(sets, dtype=torch.float64)  # [draws, 5]
+    figures = dict(zip(("frechet", "recon", "kid", "precision", "recall"), sets.mean(0).tolist()))
+    if len(sets) > 1:
+        figures["frechet_spread"], figures["recon_spread"] = sets.std(0)[:2].tolist()
+    return figures
+
+
+@torch.inference_mode()
+def complete_images(row, bench):
+    """Figures: LPIPS from the truth to images of which a half was drawn."""
+    rows, cols = row.model.config["rows"], row.model.config["cols"]
+    side = bench.images.shape[-1] // rows
+    total = min(bench.n, len(bench.tokens), COMPLETED)
+    parts = []
+    for batch, generator in my_batches(total, bench, "complete", row.name):
+        tokens, captions = bench.tokens[batch].to(bench.device), bench.captions[batch]
+        truth, far = bench.images[batch].to(bench.device), []
+        for half in HALVES:
+            hidden = named_mask(half, rows, cols, bench.seed)  # [rows, cols]
+            filled, _ = generate(row.model, captions, given=tokens, keep=~hidden.flatten(),
+                                 steps=row.steps, guidance=bench.guidance,
+                                 generator=generator, **row.how)
+            # what was given is the truth itself: only the drawn half counts
+            drawn = hidden.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            images = to_uint8(bench.tokenizer.decode(filled))
+            images = torch.where(drawn.to(bench.device), images, truth)
+            far.append(lpips(to_float(images), to_float(truth), bench.lpips_net).cpu())
+        parts.append(torch.stack(far, 1))
+    far = torch.cat(in_turn(parts))  # [m, 4]
+    lower, error = mean_and_error(far[:, HALVES.index("bottom")])
+    return {"lpips": far.mean().item(), "lpips_lower": lower, "lpips_lower_error": error}
+
+
+@torch.inference_mode()
+def score_images(row, first, bench):
+    """Figures: nats of held-out images, and what their
+    orders look like. With every cell given, `generate` only
+    chooses the order, from the past, as when it draws."""
+    keep = torch.ones(row.model.N, dtype=torch.bool)
+    parts = []
+    for batch, generator in my_batches(len(bench.tokens[:bench.n]), bench, "score", row.name):
+        tokens, captions = bench.tokens[batch].to(bench.device), bench.captions[batch]
+        _, order = generate(row.model, captions, given=tokens, keep=keep, generator=generator,
+                            **row.how)
+        # to the CPU, then to float64
+        log_p = row.model.log_probs(tokens, captions, order).cpu().double()
+        parts.append((-log_p.sum(1), rank_of(order).cpu()))
+    row.nats, rank = map(torch.cat, zip(*in_turn(parts)))  # [m], [m, N]
+    figures = order_figures(rank, bench.labels, row.model.config)
+    nats, error = mean_and_error(row.nats)
+    figures.update(nats=nats / row.model.N, nats_error=error / row.model.N, nats_are="exact")
+    # it differs between images but does not look at them: a random order
+    if row.how["order"] in FIXED_ORDERS and (rank != rank[0]).any():
+        figures["nats_are"] = "bound"
+    if first.nats is not None:
+        # on the same images: far less noise than in either
+        apart = (row.nats - first.nats) / row.model.N
+        figures["versus"], figures["versus_error"] = mean_and_error(apart)
+    return figures
+
+
+def order_figures(rank, labels, config):
+    """rank [m, N], labels [l, S, S] of the first images, or None."""
+    rows, cols = config["rows"], config["cols"]
+    figures = {"step": step_length(rank_of(rank), cols), "touches": touching(rank, rows, cols)}
+    if labels is not None:
+        rank, labels = rank[:len(labels)], labels[:len(rank)]
+        figures["sun_first"] = drawn_before(rank, labels, "sun", "cloud", rows, cols)
+        figures["glitter_last"] = drawn_before(rank, labels, "sun", "reflection", rows, cols)
+    return figures
 
 
 def step_length(order, cols):
-    """Mean distance from a cell to the next, in cells: a float. Raster on 3x3: (6 * 1 + 2 * sqrt(5)) / 8 = 1.309."""
-    return torch.hypot((order // cols).diff(dim=1).double(), (order % cols).diff(dim=1).double()).mean().item()
+    """Mean distance between successive cells.
+    Raster on 3x3: (6 + 2 sqrt(5)) / 8."""
+    order = order.cpu()
+    down, right = (order // cols).diff(dim=1), (order % cols).diff(dim=1)
+    return torch.hypot(down.double(), right.double()).mean().item()
 
 
 def touching(rank, rows, cols):
-    """Share of steps, without the first, whose cell has a drawn one among its 8 neighbours. Raster gives 1; the rank
+    """Share of steps, without the first, whose cell has a drawn one among its 8 neighbours.
 
-        0 6 1
-        7 8 4    gives 5/8: the cells of steps 1, 2 and 3 touch nothing drawn
-        2 5 3
+    0 6 1
+    7 8 4    gives 5/8: the cells of steps 1, 2 and 3 touch nothing drawn. Raster gives 1.
+    2 5 3
     """
-    grid = rank.view(-1, 1, rows, cols).double()
-    earliest = -F.max_pool2d(-grid, 3, 1, 1)           # of each cell and its neighbours
+    grid = rank.cpu().view(-1, 1, rows, cols).double()
+    earliest = -F.max_pool2d(-grid, 3, 1, 1)  # of each cell and its neighbours
     return (earliest < grid).sum().item() / (len(rank) * (rows * cols - 1))
 
 
 def drawn_before(rank, labels, first, second, rows, cols):
-    """How often `first` is drawn before `second` (names of SUNSET_LABELS) where an image shows both; 0.5 is chance,
-    None without such images. The time of a thing is the mean rank of its pixels. labels [B, S, S]."""
-    step = F.interpolate(rank.view(-1, 1, rows, cols).double(), size=labels.shape[1:])[:, 0]
-    masks = (labels == SUNSET_LABELS.index(name) for name in (first, second))
-    time1, time2 = ((step * mask).sum((1, 2)) / mask.sum((1, 2)) for mask in masks)
-    both = ~(time1 + time2).isnan()                    # 0 / 0 where a thing is missing
-    return ((time1 < time2).double() + (time1 == time2) / 2)[both].mean().item() if both.any() else None
+    """How often `first` is drawn before `second`
+    where an image has both; 0.5 is chance.
 
+    Names of SUNSET_LABELS. The time of a thing is the mean rank of its
+    pixels. rank [B, N], labels [B, S, S]. None if no image has both."""
+    grid = rank.cpu().view(-1, 1, rows, cols).double()
+    step = F.interpolate(grid, size=labels.shape[1:])[:, 0]  # [B, S, S]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+    def mean_step(name):
+        mask = labels == SUNSET_LABELS.index(name)
+        return (step * mask).sum((1, 2)) / mask.sum((1, 2))  # 0 / 0: nan without it
+
+    later = mean_step(second) - mean_step(first)
+    later = later[~later.isnan()]
+    if len(later):
+        return ((later > 0).double() + (later == 0) / 2).mean().item()
 
 
 def open_rows(texts, out, tokenizer, device):
-    """["MODEL.pt:ORDER" or "MODEL.pt"] -> [(name, model, order, steps, policy)], all checked before anything is
-    computed. ORDER@S draws in S steps, several cells at once (steps is 0 without). Without texts: the models in `out`.
-    UserError for models of different tokenizers, and orders a model does not know."""
-    names = ("raster", "anyorder", "ordered_random", "ordered_raster", "ordered_class", "ordered")
-    names = [os.path.join(out, f"{name}.pt") for name in names]
-    rows, open_model = [], functools.cache(functools.partial(load_model, device=device))   # each file once
-    for text in texts or filter(os.path.exists, names):
-        path, _, order = text.rpartition(":")          # from the right: C:\out\raster.pt is a path
+    """["MODEL.pt:ORDER@S", ...] -> rows; without texts, of all models in `out`.
+
+    UserError for models of another tokenizer, and
+    for orders that a model does not know."""
+    names = [*FIXED_ORDERS, "anyorder", *(f"ordered_{order}" for order in FIXED_ORDERS),
+             "ordered_class", "ordered"]
+    paths = [os.path.join(out, f"{name}.pt") for name in names]
+    # each file is read once
+    open_model = functools.cache(functools.partial(load_model, device=device))
+    rows = []
+    for text in texts or filter(os.path.exists, paths):
+        path, _, order = text.rpartition(":")  # from the right: C:\out\raster.pt is a path
         order, _, steps = order.partition("@")
-        path, order, steps = (path, order, steps) if order in (*ORDERS, "frozen") else (text, None, "")
+        if order not in (*ORDERS, "frozen"):
+            path, order, steps = text, "", ""
         model = open_model(path)
-        about, stem = model.about, os.path.splitext(os.path.basename(path))[0]
-        if about["made_from"].get("tokenizer") != tokenizer.fingerprint:
-            raise UserError(f"{printable(path)} was trained with another tokenizer than {printable(out)}/tokenizer.pt, "
-                            "and figures of different tokens do not compare: run python anyorder.py again")
-        for order in [order] if order else SENSIBLE.get(about["order"], [about["order"]]):
-            policy = None
-            if steps and not (re.fullmatch("[0-9]{1,9}", steps) and 0 < int(steps) < model.N):
-                raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
-                                f"or leave out @{printable(steps)}")
-            if order == "frozen":
-                policy = frozen_policy(model, path, open_model)
-            headless = not model.config["order_head"]
-            if {"learned": headless, "sampled": headless, "class": "caption_rank" not in about}.get(order):
-                raise UserError(f"{printable(path)} knows no {order} order: "
-                                "run python finetune.py and name what it writes")
-            rows.append((f"{stem}:{order}" + f"@{steps}" * bool(steps), model, order, int(steps or 0), policy))
+        if model.about["made_from"].get("tokenizer") != tokenizer.fingerprint:
+            raise UserError(f"{printable(path)} was trained with another tokenizer than "
+                            f"{printable(out)}/tokenizer.pt: run python anyorder.py again")
+        if steps and steps not in map(str, range(1, model.N)):
+            raise UserError(f"{printable(text)}: drawing takes 1 to {model.N - 1} steps, "
+                            f"or leave out @{printable(steps)}")
+        trained = model.about["order"]
+        orders = [order] if order else SENSIBLE.get(trained, [trained])
+        rows += [open_row(path, model, order, steps, open_model) for order in orders]
     if not rows:
-        raise UserError(f"{printable(out)} holds no models: run python anyorder.py first, or name some by --models")
+        raise UserError(f"{printable(out)} holds no models: run python anyorder.py")
     return rows
 
 
-@torch.inference_mode()
-def open_held(test, tokenizer, features, n, batch, seed, device):
-    """The held-out images, in a fixed random order, as what is needed of them: a dict of captions, tokens
-    [m, N], features [m, f], the moments of these and of the reconstructions' features, and the first few as
-    images and label maps."""
-    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:max(HELD_OUT, n)].tolist()
-    captions, tokens, images, real, recon = [], [], [], [], []
-    for i in tqdm(range(0, len(some), batch), desc="held-out images", unit="batch", disable=join(device)[0] > 0,
-                  dynamic_ncols=True):
-        items = [test[j] for j in some[i:i + batch]]                       # the last, smaller batch counts as well
-        pictures = torch.stack([image for image, _ in items])
-        captions += [caption for _, caption in items]
-        tokens.append(tokenizer.encode(to_float(pictures).to(device)).cpu())
-        real.append(features(pictures))
-        recon.append(features(to_uint8(tokenizer.decode(tokens[-1].to(device)))))
-        images += [pictures] if i < KEPT else []
-    real, images = torch.cat(real), torch.cat(images)
-    labels = [render_sunset(test.rows[j], images.shape[-1])[2] for j in some[:SAMPLE]] if test.name == "sunsets" else []
-    recon = torch.cat(recon)
-    few = min(n, len(real) // 2)                       # what n images that are as good as the real ones would be away
-    apart = lambda x: frechet(moments(x[:few]), moments(x[few:]))
-    return {"captions": captions, "tokens": torch.cat(tokens), "features": real, "moments": moments(real),
-            "images": images, "recon": moments(recon), "floor": {"n": few, "real": apart(real), "recon": apart(recon)},
-            "labels": torch.stack(labels) if labels else None}
-
-
-@torch.inference_mode()
-def evaluate_row(row, held, tokenizer, features, judge, lpips_net, n, draws, batch, guidance, temperature, seed):
-    """(figures, nats per held-out image [m], their ranks [m, N], six images with ranks to show) of one row of
-    open_rows. `draws` sets of n images are drawn, in batches, and only their features stay; distances are means over
-    the sets, with their standard deviation. Processes share the batches out; all get the same result."""
-    name, model, order, parallel, policy = row
-    device, N, rows, cols = model.hop.device, model.N, model.config["rows"], model.config["cols"]
-    process, world = join(device)
-    how = {"order": "inferred" if order == "frozen" else order, "policy": policy, "parallel": parallel,
-           "temperature": temperature,
-           "score": model.about.get("score", "confidence"), "distance": model.about.get("distance", 0.0)}
-    m, captions = min(n, len(held["tokens"])), held["captions"]
-    bar = tqdm(total=(draws * n + m + min(m, COMPLETED)) // world, desc=name, unit="image", disable=process > 0,
-               dynamic_ncols=True)
-
-    def my_batches(what, count):
-        """Where each batch of this process begins, and its dice: the same for every row, whoever throws them."""
-        for i in range(process * batch, count, world * batch):
-            yield i, seeded(seed, what, i, device=device)
-
-    # draw, and count what the output layers were asked for: what drawing costs on any machine (but in inferred order
-    # with several cells a step, each of which but the last enters the cache by an input more)
-    evaluated, drawn = [], []
-    hooks = [each.head.register_forward_hook(lambda _, x, y: evaluated.append(y.shape[0] * y.shape[1]))
-             for each in (model, policy) if each]
-    for i, chance in my_batches("draw", draws * n):
-        asked = [captions[j % n % len(captions)] for j in range(i, min(i + batch, draws * n))]   # each set the same
-        start = time.perf_counter()
-        tokens, visited = generate(model, asked, guidance=guidance, generator=chance, **how)
-        # rounded, as in a PNG; truncated would be darker
-        images = to_uint8(tokenizer.decode(tokens)).cpu()
-        seconds = time.perf_counter() - start
-        names = judge(to_float(images).to(device)).argmax(1).tolist()
-        seen = sum(judge.config["classes"][k] == caption for k, caption in zip(names, asked))
-        drawn.append((features(images), seen, seconds, sum(evaluated), (images[:6], rank_of(visited)[:6].cpu())))
-        evaluated.clear()
-        bar.update(len(images))
-    for hook in hooks:
-        hook.remove()
-    found, seen, seconds, evaluated, show = zip(*in_turn(drawn))
-
-    # score held-out images: with every cell given, generate only chooses the order, from the past, as when it draws
-    scored = []
-    for i, chance in my_batches("score", m):
-        tokens, asked = held["tokens"][i:min(i + batch, m)].to(device), captions[i:min(i + batch, m)]
-        visited = generate(model, asked, given=tokens, keep=torch.ones(N, dtype=torch.bool), generator=chance, **how)[1]
-        scored.append((-model.log_probs(tokens, asked, visited).double().sum(1).cpu(), rank_of(visited).cpu()))
-        bar.update(len(tokens))
-    nats, ranks = map(torch.cat, zip(*in_turn(scored)))
-
-    # complete: one half is hidden, what is given is not judged
-    far, S = [], held["images"].shape[-1]
-    hidden = [read_mask(half, (S, S), S, (rows, cols), seed) for half in HALVES]           # of [S, S]
-    for i, chance in my_batches("complete", min(m, COMPLETED)):
-        truth = held["images"][i:min(i + batch, m, COMPLETED)]
-        tokens, asked, parts = held["tokens"][i:i + len(truth)].to(device), captions[i:i + len(truth)], []
-        for mask in hidden:
-            keep = ~mask.view(rows, S // rows, cols, S // cols).any(3).any(1).flatten()
-            filled, _ = generate(model, asked, given=tokens, keep=keep, guidance=guidance, generator=chance, **how)
-            images = torch.where(mask, to_uint8(tokenizer.decode(filled)).cpu(), truth)
-            parts.append(lpips(to_float(images).to(device), to_float(truth).to(device), lpips_net).cpu())
-        far.append(torch.stack(parts, 1))                                  # [batch, halves]
-        bar.update(len(truth))
-    bar.close()
-
-    found, far, leaks = (torch.cat(found), torch.cat(in_turn(far)),
-                         how["order"] == "inferred" and how["score"] == "likelihood")
-    if leaks or parallel:                              # such an order looks at the content, or is that of one by one
-        nats = nats * math.nan
-    labels, lower, sets = held["labels"], far[:, HALVES.index("bottom")], []
-    for part in found.split(n):
-        drawn = moments(part)
-        sets.append((frechet(drawn, held["moments"]), frechet(drawn, held["recon"]),
-                     1000 * kernel_distance(part, held["features"]), *precision_recall(held["features"], part)))
-    sets = torch.tensor(sets, dtype=torch.float64)                         # [draws, 5]
-    spread = sets.std(0).tolist() if draws > 1 else (None, None)
-    before = lambda a, b: None if labels is None else drawn_before(ranks[:SAMPLE], labels[:m], a, b, rows, cols)
-    figures = {"name": name, "nats": nats.mean().item() / N, "nats_error": nats.std().item() / math.sqrt(m) / N,
-               "bits": nats.mean().item() / math.log(2),
-               **dict(zip(("frechet", "recon", "kid", "precision", "recall"), sets.mean(0).tolist())),
-               "frechet_spread": spread[0], "recon_spread": spread[1], "lpips": far.mean().item(),
-               "lpips_lower": lower.mean().item(), "lpips_lower_error": lower.std().item() / math.sqrt(len(lower)),
-               "class_seen": sum(seen) / (draws * n) if judge.config["task"] == "captions" else None,
-               "step": step_length(rank_of(ranks), cols), "touches": touching(ranks, rows, cols),
-               "sun_first": before("sun", "cloud"), "glitter_last": before("sun", "reflection"),
-               "train_steps": model.about["step"], "tokens_seen": model.about["tokens_seen"],
-               "train_seconds": model.about["seconds"], "evaluations": sum(evaluated) / (draws * n),
-               "images_per_second": draws * n * world / sum(seconds), "weights": fingerprint(model.state_dict())}
-    if parallel:                                       # these, too, are of one by one
-        figures.update(dict.fromkeys(("step", "touches", "sun_first", "glitter_last")))
-    return figures, nats, ranks, show[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown
-
-
-def table(results, columns):
-    """Dicts as aligned text, one line each; columns = {key: (heading, format)}. What no row has is left out."""
-    stacks = [["", *(row["name"] for row in results)]]                     # column by column, each padded to one width
-    for key, (heading, form) in columns.items():
-        if any(row.get(key) is not None for row in results):
-            stacks.append([heading, *("-" if row.get(key) is None else format(row[key], form) for row in results)])
-    stacks = [[f"{cell:{'>' if i else '<'}{max(map(len, stack))}}" for cell in stack] for i, stack in enumerate(stacks)]
-    return "\n".join("  ".join(line) for line in zip(*stacks))
-
-
-def draw_bars(results, columns, path):
-    """results.png: one panel of bars for each of `columns`, one bar for each row."""
-    keys = [key for key in columns if any(row.get(key) is not None for row in results)]
-    high, wide, label = 26 * len(results) + 56, 600, 230
-    page = Image.new("RGB", (2 * wide + 20, high * math.ceil(len(keys) / 2)), "white")
-    pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(19)
-    for p, key in enumerate(keys):
-        left, top = 20 + p % 2 * wide, 12 + p // 2 * high
-        better = "higher" if key in ("precision", "recall", "class_seen") else "lower"
-        pen.text((left, top), f"{columns[key][0]} ({better} is better)", "black", bold)
-        most = max([abs(row[key]) for row in results if row.get(key) is not None] + [1e-9])
-        for y, row in zip(range(top + 30, top + high, 26), results):
-            pen.text((left, y), row["name"][:26], "black", font)
-            if row.get(key) is not None:
-                end = left + label + max(1, round((wide - label - 90) * max(0, row[key]) / most))
-                pen.rectangle((left + label, y + 1, end, y + 18), fill="#4a78b5")
-                pen.text((end + 6, y), format(row[key], columns[key][1]), "black", font)
-    save_picture(path, page)
-
-
-def draw_comparison(shown, captions, rows, cols, path):
-    """compare.png: the same captions in every row, the order (dark first) beside each image. shown = [(name, images [6,
-    3, S, S], rank [6, N])]."""
-    size = shown[0][1].shape[-1]
-    tiles = [torch.stack((images, order_maps(rank, rows, cols, size)), 1).flatten(0, 1) for _, images, rank in shown]
-    grid = sheet(torch.cat(tiles), len(tiles[0]), scale=max(1, 96 // size))
-    page = Image.new("RGB", (grid.width + 210, grid.height + 60), "white")
-    page.paste(grid, (210, 60))
-    pen, font, step = ImageDraw.Draw(page), ImageFont.load_default(15), 2 * grid.width / len(tiles[0])
-    for i, (name, _, _) in enumerate(shown):
-        pen.text((8, 60 + (i + 0.42) * grid.height / len(shown)), name[:26], "black", font)
-    for i, caption in enumerate(captions[:len(tiles[0]) // 2]):
-        lines = [""]
-        for word in caption.split():                   # wrapped to the width of its column
-            longer = f"{lines[-1]} {word}".strip()
-            lines[-1:] = [longer] if font.getlength(longer) < step - 8 else [lines[-1], word]
-        pen.text((212 + i * step, 2), "\n".join(lines[:3]), "black", font)
-    save_picture(path, page)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed (--speed): each part beside what could stand in its place, and beside the matrix products that it cannot do
-# without. All models are untrained, since no time depends on the weights.
-
-# (B, heads, T, d): at least so many times as fast as the library's attention in float32, in bfloat16
-ATTENTION = {"cpu": {(128, 6, 64, 32): (1.2, 4), (8, 8, 256, 64): (1, 2.5), (4, 8, 1024, 64): (0.8, 1.3)},
-             "cuda": {(64, 24, 264, 32): (1, 1), (32, 24, 1024, 32): (1, 1)}}
-CANDIDATES = {"cpu": (16, 8, 128, 128, 64), "cuda": (128, 24, 128, 128, 32)}               # (B, heads, T, C, d)
-LONG = (1, 8, 4096, 64)                                # here the memory counts
-# cells per side; images in a training step, in plain drawing, in order inference
-MODELS = {"cpu": {"side": 8, "width": 128, "layers": 6, "batch": 32, "draw": 64, "infer": 256},
-          "cuda": {"side": 16, "width": 768, "layers": 14, "batch": 64, "draw": 64, "infer": 128},     # 100M parameters
-          "drawing": {"side": 16, "width": 192, "layers": 6, "draw": 128, "least": 20}}
-SECONDS = {"cpu": 12, "cuda": 3}                       # for each comparison; or five rounds, where they take longer
-
-
-def sizes_for(device):
-    """What is measured there, and for how long: "cuda", or for every other device "cpu"."""
-    return "cuda" if device.type == "cuda" else "cpu"
-
-
-def medians(device, *functions):
-    """Median seconds of each function. They are called in turn, so that a slow moment of the machine meets all of them,
-    there and back (1 2 3 3 2 1 ...), so that none always finds the caches as the same other has left them; the first
-    round only warms up."""
-    times, began, wait = [[] for _ in functions], time.perf_counter(), getattr(torch, device.type).synchronize
-    turns, seconds = list(zip(functions, times)), SECONDS[sizes_for(device)]
-    while len(times[0]) < 5 or time.perf_counter() - began < seconds:
-        for function, own in turns:
-            start = time.perf_counter()
-            function()
-            wait()                                     # a GPU answers before it has finished
-            own.append(time.perf_counter() - start)
-        turns.reverse()
-    return [statistics.median(own[1:]) for own in times]
-
-
-def compared(work, ours, other=None, unit="", ratio=None, least=None, most=None):
-    """One row of the table. The target, `least` or `most`, is for the ratio, or for ours where there is no ratio."""
-    value = ours if ratio is None else ratio
-    met = None if least is most else value >= least if most is None else value <= most
-    return {"name": work, "ours": ours, "other": other, "unit": unit, "ratio": ratio, "least": least, "most": most,
-            "met": met}
-
-
-def library_attention(q, k, v):
-    """What fused_attention is compared with: q, k, v [B, heads, T, d] -> [B, heads, T, d]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def masked_candidates(q, k, v, prefix_k, prefix_v):
-    """candidate_attention, the first obvious way: all candidates are keys too, and a mask hides the others."""
-    C, T = q.shape[2], prefix_k.shape[2]
-    seen = torch.cat((q.new_ones(C, T), torch.eye(C).to(q)), 1).bool()
-    return F.scaled_dot_product_attention(q, torch.cat((prefix_k, k), 2), torch.cat((prefix_v, v), 2), attn_mask=seen)
-
-
-def repeated_candidates(q, k, v, prefix_k, prefix_v):
-    """The second: each candidate is a sequence of its own, with its own copy of the prefix."""
-    B, heads, C, d = q.shape
-    k, v = (torch.cat((past[:, :, None].expand(-1, -1, C, -1, -1), own[:, :, :, None]), 3).transpose(1, 2).flatten(0, 1)
-            for past, own in ((prefix_k, k), (prefix_v, v)))               # [B * C, heads, T + 1, d]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2).reshape(B * C, heads, 1, d), k, v)
-    return out.view(B, C, heads, d).transpose(1, 2)
-
-
-class PeakMemory(TorchDispatchMode):
-    """`.peak`: the most bytes that tensors made inside held at once. Counted, not measured: no noise, any device."""
-    now = peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        memory = lambda tree: {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
-        for storage in memory(result) - memory((args, kwargs)):            # a view of an argument takes no memory
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def free(self, size):
-        self.now -= size
-
-
-def weight_products(model, inputs, outputs):
-    """The products with weights in a forward pass over so many inputs, of which `outputs` get logits: a list of
-    (rows, in, out)."""
-    weights = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
-    return [(inputs, *weight.T.shape) for weight in weights] + [(outputs, *model.head.weight.T.shape)]
-
-
-def multiply_adds(model, products, pairs=0):
-    """What a forward pass cannot do without: weight products, and for each (query, key) pair and layer two products of
-    the model's width. A training step needs three times as much: each product has two more in the backward pass."""
-    return sum(rows * i * o for rows, i, o in products) + 2 * pairs * model.config["width"] * len(model.blocks)
-
-
-def muon_multiply_adds(matrices):
-    """Of a step of Muon: orthogonal() has five iterations of three products."""
-    return sum(5 * min(w.shape) ** 2 * (2 * max(w.shape) + min(w.shape)) for w in matrices)
-
-
-def bare(products, device, dtype, training=False):
-    """A function that computes nothing but these products, of random matrices and into memory that it already has, and
-    where `training` those of the backward pass: how fast this machine multiplies the model's shapes."""
-    make = lambda *shape: torch.randn(shape, device=device).to(dtype)
-    held = {(m, i, o): [make(*shape) for shape in ((m, i), (o, i), (m, o)) * 2] for m, i, o in products}
-
-    @torch.no_grad()
-    def multiply():
-        for x, w, dy, dx, dw, y in (held[product] for product in products):
-            torch.mm(x, w.T, out=y)
-            if training:
-                torch.mm(dy, w, out=dx)
-                torch.mm(dy.T, x, out=dw)
-    return multiply
-
-
-def untrained(device, side, width, layers, order_head=False):
-    """An AnyOrder of side x side cells with random weights, 10 words and captions of 8."""
-    return anyorder.AnyOrder({"rows": side, "cols": side, "codebook": 512, "width": width, "layers": layers,
-                              "order_head": order_head, "words": list("abcdefghij"), "caption_length": 8}).to(device)
-
-
-def attention_speed(device, dtype):
-    """fused_attention beside the library's kernel and beside its own definition, forward and backward, in ms."""
-    for (B, heads, T, d), targets in ATTENTION[sizes_for(device)].items():
-        x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
-        grad = torch.randn(B, T, heads * d, device=device).to(dtype)
-
-        def both(attention):                           # forward and backward; as in a model, q, k, v are views
-            y = attention(*(part.transpose(1, 2) for part in x.unbind(2))).transpose(1, 2).reshape(grad.shape)
-            torch.autograd.grad(y, x, grad)
-        ways = anyorder.fused_attention, library_attention, anyorder.reference_attention
-        ours, library, reference = (1000 * t for t in medians(device, *(functools.partial(both, way) for way in ways)))
-        name = f"attention {B, heads, T, d} {str(dtype)[6:]}"
-        yield compared(f"{name}, SDPA", ours, library, "ms", library / ours, least=targets[dtype != torch.float32])
-        yield compared(f"{name}, reference", ours, reference, "ms", reference / ours)
-
-
-@torch.inference_mode()
-def candidate_speed(device, dtype):
-    """candidate_attention beside the better of the two obvious ways to do it with the library's kernel, in ms."""
-    B, heads, T, C, d = CANDIDATES[sizes_for(device)]
-    q, k, v = torch.randn(B, C, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-    past = torch.randn(2, B, heads, 2 * T, d, device=device).to(dtype)[:, :, :, :T]
-    ways = anyorder.candidate_attention, masked_candidates, repeated_candidates
-    ours, *others = (1000 * t for t in medians(device, *(functools.partial(way, q, k, v, *past) for way in ways)))
-    yield compared(f"candidates {B, heads, T, C, d} {str(dtype)[6:]}, better SDPA", ours, min(others), "ms",
-                   min(others) / ours, least=3)
-
-
-def training_speed(device, dtype, batch, **size):
-    """The step of anyorder.py beside the same step with the library's attention, and beside its products alone."""
-    model, B = untrained(device, **size), batch
-    N, L, V = model.N, model.config["caption_length"], model.V
-    tokens, words = torch.randint(V, (B, N), device=device), torch.randint(10, (B, L), device=device)
-    both = anyorder.optimizers(model, 1e-3, dtype)
-
-    def step():
-        order = anyorder.random_order(B, N).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            what, _ = model(tokens, words, order)
-            loss = F.cross_entropy(what.flatten(0, 1), tokens.gather(1, order).flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        loss.item()
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def library_step():
-        ours, anyorder.fused_attention = anyorder.fused_attention, library_attention
-        try:
-            step()
-        finally:
-            anyorder.fused_attention = ours
-
-    products = weight_products(model, B * (L + N), B * N)
-    ours, library, alone = medians(device, step, library_step, bare(products, device, dtype, training=True))
-    yield compared("matrix products of a training step", 6e-9 * multiply_adds(model, products) / alone, unit="GFLOP/s")
-    whole = (3 * multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2)
-             + muon_multiply_adds(both[1].param_groups[0]["params"]))
-    alone *= whole / (3 * multiply_adds(model, products))
-    name, done = f"training, {N} cells, batch {B}, {str(dtype)[6:]}", B * N
-    yield compared(f"{name}, SDPA", done / ours, done / library, "tokens/s", library / ours,
-                   least=None if dtype == torch.float32 else 1 if device.type == "cuda" else 1.5)
-    yield compared(f"{name}, products alone", done / ours, done / alone, "tokens/s", alone / ours,
-                   least=0.6 if device.type == "cpu" else None)
-
-
-@torch.inference_mode()
-def drawing_speed(device, draw, least=None, **size):
-    """Plain sampling in a given order, in float32, beside its products alone."""
-    model, B = untrained(device, **size), draw
-    N, L = model.N, model.config["caption_length"]
-    products = weight_products(model, B * L, 0) + N * weight_products(model, B, B)
-    order = anyorder.raster_order(B, N).to(device)
-    ours, alone = medians(device, lambda: anyorder.draw(model, [""] * B, order), bare(products, device, torch.float32))
-    alone *= multiply_adds(model, products, B * (L + N) * (L + N + 1) // 2) / multiply_adds(model, products)
-    name = f"drawing, {N} cells, width {size['width']}, batch {B}, float32"
-    yield compared(f"{name}, products alone", B * N / ours, B * N / alone, "tokens/s", alone / ours)
-    yield compared(name, B / ours, unit="images/s", least=least)
-
-
-@torch.inference_mode()
-def inference_speed(device, dtype, infer, **size):
-    """Exact order inference beside a plain forward pass of the same images, and beside its products alone."""
-    model, B = untrained(device, **size), infer
-    N, L, V = model.N, model.config["caption_length"], model.V
-    tokens, words = torch.randint(V, (B, N), device=device), torch.randint(10, (B, L), device=device)
-    order, products = anyorder.random_order(B, N).to(device), weight_products(model, B * (L + N), B * N)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        ours, forward, alone = medians(device, lambda: infer_orders(model, tokens, words),
-                                       lambda: model(tokens, words, order), bare(products, device, dtype))
-    tried = B * N * (N + 1) // 2                       # N candidates, then N - 1, ... each sees L + k inputs and itself
-    pairs = B * (L * (L + 1) // 2 + sum((N - k) * (L + k + 1) for k in range(N)))
-    needed = multiply_adds(model, weight_products(model, B * L, 0) + weight_products(model, tried, tried), pairs)
-    alone *= needed / multiply_adds(model, products)
-    name = f"order inference, {N} cells, batch {B}, {str(dtype)[6:]}"
-    each, plain = 1e6 * ours / tried, 1e6 * forward / (B * (L + N))
-    yield compared(f"{name}, forward pass", each, plain, "us/token", each / plain, most=1.25)
-    yield compared(f"{name}, products alone", tried / ours, tried / alone, "tokens/s", alone / ours)
-    yield compared(name, B / ours, unit="images/s")
-    yield compared("    10,000 images at that rate", 1e4 * ours / B, unit="s", most=300 if N == 64 else None)
-
-
-def order_speed(device, draw, **size):
-    """What an order costs when images are drawn: the order head beside raster and beside exact inference, and both of
-    them in a quarter of the steps beside one cell at a time. For one image, and for many."""
-    model = untrained(device, order_head=True, **size)
-    S = model.N // 4
-    for B in (1, draw):
-        ways = ("raster", 0), ("learned", 0), ("inferred", 0), ("learned", S), ("inferred", S)
-        raster, learned, exact, learned_few, exact_few = medians(
-            device, *(functools.partial(generate, model, [""] * B, order, parallel=steps) for order, steps in ways))
-        name = f"drawing, {model.N} cells, batch {B}:"
-        yield compared(f"{name} learned order, raster", B / learned, B / raster, "images/s", learned / raster, most=1.3)
-        yield compared(f"{name} learned order, exact", B / learned, B / exact, "images/s", exact / learned)
-        yield compared(f"{name} learned in {S} steps, one by one", B / learned_few, B / learned, "images/s",
-                       learned / learned_few, least=3)
-        yield compared(f"{name} exact in {S} steps, one by one", B / exact_few, B / exact, "images/s",
-                       exact / exact_few, least=3)
-
-
-def memory_use(device, dtype):
-    """What fused_attention needs beside its inputs, its output and their gradients, against the square of scores."""
-    B, heads, T, d = LONG
-    q, k, v, grad = torch.randn(4, B, heads, T, d, device=device).to(dtype)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    with PeakMemory() as memory:
-        wanted = anyorder.fused_attention(*inputs)
-        wanted = wanted, *torch.autograd.grad(wanted, inputs, grad)
-    extra, square = memory.peak - sum(x.nbytes for x in wanted), B * heads * T * T * q.element_size()
-    yield compared(f"attention {LONG} extra memory, full square", extra / 1e6, square / 1e6, "MB", extra / square,
-                   most=0.1)
-
-
-def speed_table(device, out):
-    """Measures and prints all rows, and writes them to out/speed.json. Needs no data, no model and 5 minutes; on a GPU
-    about 20 GB of its memory."""
-    dtype, model = anyorder.precision(device), dict(MODELS[sizes_for(device)])
-    batch, draw, infer = (model.pop(key) for key in ("batch", "draw", "infer"))
-    dtypes = [torch.float32] + [dtype] * (dtype == torch.bfloat16)
-    parts = [part(device, each) for part in (attention_speed, candidate_speed) for each in dtypes] + [
-        training_speed(device, dtype, batch, **model), drawing_speed(device, draw, **model),
-        drawing_speed(device, **MODELS["drawing"]), inference_speed(device, dtype, infer, **model),
-        order_speed(device, draw, **model), memory_use(device, dtype)]
-    rows = [row for part in tqdm(parts, desc="speed", unit="part", dynamic_ncols=True) for row in part]
-    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-               "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype)[6:],
-               "bfloat16_is_fast": dtype == torch.bfloat16,
-               "products_gflops": next(row["ours"] for row in rows if row["unit"] == "GFLOP/s")}
-    with replacing(os.path.join(out, "speed.json")) as file:
-        report = {"command": " ".join(["python", *sys.argv]), "machine": machine, "rows": rows}
-        file.write(json.dumps(report, indent=1).encode())
-    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-    shown = [{"name": row["name"], "ours": f"{number(row['ours'])} {row['unit']}",
-              "other": None if row["other"] is None else number(row["other"]), "ratio": row["ratio"],
-              "target": next((f"{word} {row[word]}" for word in ("least", "most") if row[word] is not None), None),
-              "met": {True: "yes", False: "no"}.get(row["met"])} for row in rows]
-    columns = {key: (key, ".2f" if key == "ratio" else "") for key in ("ours", "other", "ratio", "target", "met")}
-    print(table(shown, columns))
-    print(f"medians of calls in turns (ours, other, other, ours, ...); torch {torch.__version__} on "
-          f"{machine['device']}, {machine['threads']} threads")
-    if device.type == "cpu" and dtype == torch.float32:
-        print("this CPU has no bfloat16 instructions: the float32 rows count")
-
-
-def main():
-    parser = arguments(__doc__)
-    parser.set_defaults(data=None)
-    parser.add_argument("--models", nargs="+", default=None,
-                        help="MODEL.pt:ORDER ..., ORDER one of " + ", ".join(ORDERS) + ", frozen; ORDER@S draws in S "
-                             "steps; MODEL.pt alone takes what makes sense for it; default: all models in OUT")
-    parser.add_argument("--n", type=int, default=500, help="images that each row draws, and scores")
-    parser.add_argument("--draws", type=int, default=1,
-                        help="sets of N images that each row draws: more than one tell how far chance moves a distance")
-    parser.add_argument("--batch", type=int, default=100, help="images at once")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="of drawing and completing: below 1 plays safe; the nats are always those of 1")
-    parser.add_argument("--inception", default="", help="inception-2015-12-05.pt: FID instead of the judge's distance")
-    parser.add_argument("--lpips-backbone", default="", help="torchvision's alexnet .pth, for true LPIPS")
-    parser.add_argument("--lpips-linear", default="", help="the lpips package's weights/v0.1/alex.pth")
-    parser.add_argument("--speed", action="store_true", help="measure speed and memory instead; needs no models")
-    args = parser.parse_args()
-    device, out = pick_device(args.device), args.out
-    process, world = join(device)
-    if args.speed:
-        return None if process else speed_table(device, out)
-    least = NEIGHBOURS + 1
-    if not least <= args.n <= 10 ** 6 or not 1 <= args.draws <= 1000 or args.batch < 1 or not (
-            0 <= args.guidance <= 100 and 0 <= args.temperature <= 100):
-        raise UserError(f"--n {args.n} --draws {args.draws} --batch {args.batch} --guidance {args.guidance} "
-                        f"--temperature {args.temperature}: n in {least}..1000000, draws in 1..1000, batch at least "
-                        "1, guidance and temperature in 0..100")
-    if bool(args.lpips_backbone) != bool(args.lpips_linear):
-        raise UserError("LPIPS needs both its parts: --lpips-backbone alexnet.pth --lpips-linear alex.pth")
-    tokenizer = load_tokenizer(os.path.join(out, "tokenizer.pt"), device)
-    plan = open_rows(args.models, out, tokenizer, device)
-    size, about = tokenizer.config["size"], plan[0][1].about
-    path = about["data"] if args.data is None else args.data
-    train, test = (open_data(path, size, split) for split in ("train", "test"))
+def open_row(path, model, order, steps, open_model):
+    """name, model, steps (0: a cell a step), nats
+    (so far None), and how it draws."""
+    name = os.path.splitext(os.path.basename(path))[0] + f":{order}"
+    if steps:
+        name += f"@{steps}"
+    policy = None
+    if order == "frozen":
+        # inferred by the any-order model, from whose choices the finetuned one has learned
+        order, policy = "inferred", frozen_policy(model, path, open_model)
+    check_order(model, path, order)
+    how = {"order": order, "policy": policy, "score": model.about.get("score", "confidence"),
+           "distance": model.about.get("distance", 0.0)}  # for `generate`
+    return types.SimpleNamespace(name=name, model=model, steps=int(steps or 0), nats=None, how=how)
+
+
+def open_bench(args, rows, tokenizer, device):
+    """The flags; tokenizer, judge, lpips_net; features (uint8 images -> [B,
+    f]); names of the measures; the held-out images, see read_held_out."""
+    size, about = tokenizer.config["size"], rows[0].model.about
+    path = args.data or about["data"]
+    train, test = open_data(path, size, "train"), open_data(path, size, "test")
     if train.fingerprint != about["made_from"]["data"]:
-        raise UserError(f"{train.name} is not the data that {plan[0][0]} was trained on, {about['data']}: "
-                        "name that by --data")
-    if len(test) < least:
-        raise UserError(f"{train.name} has {len(test)} held-out images, at least {least} are needed: add images")
-    if args.lpips_backbone and size < 31:
-        raise UserError(f"images of {size} pixels are too small for LPIPS, which needs 31: leave out --lpips-backbone")
-    distance, extract = load_inception(args.inception, device) if args.inception else ("Frechet (judge)", None)
-    network = load_lpips(args.lpips_backbone, args.lpips_linear, device) if args.lpips_backbone else None
-    if process:
-        dist.barrier()                                 # until process 0 has trained the judge: the others load it
-    judge = open_judge(out, train, size, args.seed, device)
-    if world > 1 and not process:
-        dist.barrier()
-    extract = extract or (lambda images: judge.features(to_float(images)))
+        raise UserError(f"{train.name} is not the data that {rows[0].name} was trained on, "
+                        f"{printable(about['data'])}: name that by --data")
+    if len(test) <= NEIGHBOURS:
+        raise UserError(f"{train.name} has {len(test)} held-out images: add some, to have "
+                        f"{NEIGHBOURS + 1} or more")
+    networks = load_weights(args.weights, size, device)
+    writable(args.out)
+    judge = open_judge(args.out, train, args.seed, device)
+    distance, inception = networks.get("inception", (JUDGED, None))
 
     @torch.inference_mode()
     def features(images):
-        return torch.cat([extract(part.to(device)).cpu() for part in images.split(args.batch)])
+        found = []
+        for part in images.split(BATCH):
+            part = part.to(device)
+            seen = inception(part) if inception else judge.features(to_float(part))
+            found.append(seen.cpu())
+        return torch.cat(found)
 
-    held = open_held(test, tokenizer, features, args.n, args.batch, args.seed, device)
-    columns = {**COLUMNS, "frechet": (distance, ".3f"), "lpips": ("LPIPS" if network else "LPIPS-judge", ".4f")}
-    report = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "n": args.n, "draws": args.draws,
-              "held_out": len(held["tokens"]), "scored": min(args.n, len(held["tokens"])),
-              "completed": min(args.n, len(held["tokens"]), COMPLETED),
-              "size": size, "resize": "short side resized (Lanczos), centre crop, uint8", "guidance": args.guidance,
-              "temperature": args.temperature,
-              "features": fingerprint(open(args.inception, "rb").read()) if args.inception else "judge",
-              "columns": {key: heading for key, (heading, _) in {**columns, **MORE}.items()},
-              "torch": torch.__version__, "tokenizer": frechet(held["recon"], held["moments"]),
-              "floor": held["floor"],
-              "judge": None if args.inception else validate_judge(features, held["images"], args.seed), "rows": []}
-    results, ranks, shown, first = report["rows"], [], [], None
-    try:
-        for row in plan:
-            figures, nats, rank, show = evaluate_row(row, held, tokenizer, features, judge, network or judge, args.n,
-                                                     args.draws, args.batch, args.guidance, args.temperature,
-                                                     args.seed)
-            first = nats if first is None else first
-            apart = (nats - first) / rank.shape[1]     # on the same images: far less noise than in either
-            figures.update(versus=apart.mean().item(), versus_error=apart.std().item() / math.sqrt(len(apart)))
-            figures = {key: None if isinstance(value, float) and math.isnan(value) else value
-                       for key, value in figures.items()}
-            results.append(figures)
-            ranks.append(rank[:SAMPLE])
-            shown.append((row[0], *show))
-            report["agreement"] = [[rank_correlation(a, b) for b in ranks] for a in ranks]
-            if process:
-                continue
-            # after every row: an interrupt loses one at most
-            with replacing(os.path.join(out, "results.json")) as file:
-                file.write(json.dumps(report, indent=1).encode())
-            shown_as_bars = ("nats", "frechet", "recon", "kid", "precision", "recall", "class_seen", "lpips",
-                             "lpips_lower")
-            draw_bars(results, {key: columns[key] for key in shown_as_bars}, os.path.join(out, "results.png"))
-            draw_comparison(shown, held["captions"], row[1].config["rows"], row[1].config["cols"],
-                            os.path.join(out, "compare.png"))
-    finally:
-        if results:
-            print_report(report, columns)
+    bench = types.SimpleNamespace(**vars(args))
+    bench.device, bench.tokenizer, bench.judge = device, tokenizer, judge
+    bench.distance, bench.features = distance, features
+    bench.lpips, bench.lpips_net = networks.get("lpips", ("LPIPS-judge", judge))
+    read_held_out(test, bench)
+    return bench
 
 
-def print_report(report, columns):
-    """Prints a report (see results.json): its tables, `columns` as in COLUMNS, and whether the judge can be trusted."""
-    results, judge = report["rows"], report["judge"]
-    print(table(results, columns) + "\n\n" + table(results, MORE))
-    if len(results) > 1:
-        agree = [{"name": row["name"], **{str(i): rho for i, rho in enumerate(line)}}
-                 for row, line in zip(results, report["agreement"])]
-        print("\nagreement of orders on the same images (rank correlation)\n"
-              + table(agree, {str(i): (row["name"], ".2f") for i, row in enumerate(results)}))
-    draws = f"{report['draws']} sets of " if report["draws"] > 1 else ""
-    print(f"\n{draws}{report['n']:,} images drawn per row, {report['scored']:,} scored, "
-          f"each half of {report['completed']:,} completed, compared with {report['held_out']:,} held-out ones "
-          f"at {report['size']}x{report['size']}; "
-          f"seed {report['seed']}, guidance {report['guidance']}, temperature {report['temperature']}\n"
-          f"the tokenizer alone: {report['tokenizer']:.3f} from reconstructions to the same images\n"
-          f"{report['floor']['n']:,} held-out images are {report['floor']['real']:.3f} from the others, their "
-          f"reconstructions {report['floor']['recon']:.3f} from those of the others: rows of as many images cannot be "
-          "told apart below that, and distances of different --n do not compare")
+@torch.inference_mode()
+def read_held_out(test, bench):
+    """Into `bench`, of h held-out images in a fixed random order: captions,
+    tokens [h, N], features `real` [h, f] and their moments; `recon`,
+    moments of the reconstructions; images (uint8) and labels (of sunsets)
+    of the first few; floor, the distance expected of n perfect images."""
+    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(bench.seed))
+    some = some[:max(HELD_OUT, bench.n)].tolist()
+    parts = []
+    for batch, _ in my_batches(len(some), bench, "read", "held-out images"):
+        images, captions = zip(*(test[i] for i in some[batch]))
+        images = torch.stack(images)
+        tokens = bench.tokenizer.encode(to_float(images).to(bench.device))
+        recon = bench.features(to_uint8(bench.tokenizer.decode(tokens)))
+        kept = images[:max(0, KEPT - batch.start)]
+        parts.append((captions, tokens.cpu(), bench.features(images), recon, kept))
+    captions, *tensors = zip(*in_turn(parts))
+    bench.captions = sum(map(list, captions), [])
+    bench.tokens, bench.real, recon, bench.images = map(torch.cat, tensors)
+    bench.moments, bench.recon = moments(bench.real), moments(recon)
+    bench.labels = None
+    if isinstance(test, Sunsets):
+        maps = [render_sunset(test.rows[i], test.size)[2] for i in some[:LABELLED]]
+        bench.labels = torch.stack(maps)
+    few = min(bench.n, len(some) // 2)
+    bench.floor = {"n": few}
+    for name, x in (("real", bench.real), ("recon", recon)):
+        bench.floor[name] = frechet(moments(x[:few]), moments(x[few:]))
+
+
+# -------------------------------------------------------------------------------------------------
+# 4. The table, a picture, main
+
+
+def table(results, columns):
+    """Dicts as lines of text; columns {key:
+    (heading, format)}, without empty ones."""
+    stacks = [["", *(row["name"] for row in results)]]
+    for key, (heading, form) in columns.items():
+        values = [row.get(key) for row in results]
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else format(value, form) for value in values]
+            stacks.append([heading, *cells])
+    stacks = [[cell.rjust(max(map(len, stack))) for cell in stack] for stack in stacks]
+    return "\n".join("  ".join(line) for line in zip(*stacks))
+
+
+def draw_comparison(shown, captions, config, path):
+    """compare.png: each image beside its order (dark first).
+
+    shown: a list of (name, images [6, 3, S, S] uint8, rank [6, N])"""
+    tiles, labels = [], []
+    for name, images, rank in shown:
+        maps = order_maps(rank, config["rows"], config["cols"], images.shape[-1])
+        tiles.append(torch.stack((images, maps), 1).flatten(0, 1))  # [12, 3, S, S]
+        for caption in captions[:len(images)]:
+            labels += [caption, name]
+    scale = max(1, 96 // tiles[0].shape[-1])
+    page(path, torch.cat(tiles), labels, len(tiles[0]), scale)
+
+
+def print_report(report):
+    rows, judge, floor = report["rows"], report["judge"], report["floor"]
+    columns = {**COLUMNS, "frechet": (report["distance"], ".3f"), "lpips": (report["lpips"], ".4f")}
+    print(table(rows, columns), table(rows, MORE), sep="\n\n")
+    print("\n{draws} x {n:,} images drawn per row, {scored:,} scored, each half of {completed:,} "
+          "completed, compared with {held_out:,} held-out ones at {size}x{size}; seed {seed}, "
+          "guidance {guidance}".format(**report))
+    if any(row.get("nats_are") == "bound" for row in rows):
+        print("bound: a mean over single random orders; an image costs less")
+    if any("nats" not in row for row in rows):
+        print("no nats for ORDER@S: nats are those of one cell at a time")
+    print(f"the tokenizer alone: {report['tokenizer']:.3f}, from reconstructions to the images\n"
+          f"{floor['n']:,} perfect images: {floor['real']:.3f}, as reconstructions "
+          f"{floor['recon']:.3f}. Rows below that cannot be distinguished, and distances of "
+          "different --n do not compare")
     if judge:
-        series = "; ".join(f"{how} " + " < ".join(f"{value:.3f}" for value in judge[how])
-                           for how in ("noise", "blur", "shuffle"))
-        print(f"the judge is {'valid' if judge['ok'] else 'NOT VALID, trust the nats'}: "
-              f"real to real {judge['real']:.3f}; {series}; "
-              f"mildest damage / real to real {judge['ratio']:.0f} (at least 20)")
-    print("drawn at " + ", ".join(f"{row['images_per_second']:.1f}" for row in results)
-          + " images/s (varies from run to run)")
+        verdict = "valid" if judge["ok"] else "NOT VALID, trust the nats"
+        print(f"the judge is {verdict}: the distance of mildly damaged images is "
+              f"{judge['ratio']:.0f} times that of real ones (at least 20, rising with the damage)")
+    speeds = ", ".join(f"{row['images_per_second']:.1f}" for row in rows)
+    print(f"drawn at {speeds} images/s (fewer if the machine does other things, too)")
+
+
+def parse():
+    parser = arguments(__doc__)
+    parser.add_argument("--models", nargs="+", default=[], metavar="MODEL.pt:ORDER",
+                        help=f"ORDER: {', '.join(ORDERS)} or frozen; ORDER@S draws in S steps; "
+                             "without :ORDER, those that make sense (default: all in OUT)")
+    parser.add_argument("--n", type=number(int, NEIGHBOURS + 1, 10 ** 6), default=500,
+                        help="images that each row draws, and scores")
+    parser.add_argument("--draws", type=number(int, 1, 1000), default=1,
+                        help="sets of N images per row: several show how much chance does")
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=1.0,
+                        help="classifier-free guidance (1: none)")
+    parser.add_argument("--weights", metavar="FILE", nargs="+", default=[],
+                        help="instead of the judge: inception-2015-12-05.pt for FID; "
+                             "torchvision's alexnet and the lpips package's v0.1/alex.pth, "
+                             "both, for LPIPS")
+    parser.add_argument("--speed", action="store_true", help="measure speed and memory instead")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    device = pick_device(args.device)
+    process, _ = join(device)
+    if args.speed:
+        if process == 0:
+            speed_table(device, args.out)
+        return
+    tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
+    rows = open_rows(args.models, args.out, tokenizer, device)
+    bench = open_bench(args, rows, tokenizer, device)
+    report = new_report(bench)
+    shown = []
+    try:
+        for row in rows:
+            figures, pictures = evaluate_row(row, rows[0], bench)
+            report["rows"].append(figures)
+            shown.append((row.name, *pictures))
+            if process == 0:  # after every row: Ctrl-C loses one at most
+                write_json(report, args.out, "results.json")
+                draw_comparison(shown, bench.captions, row.model.config,
+                                os.path.join(args.out, "compare.png"))
+    finally:
+        if report["rows"]:
+            print_report(report)
+
+
+def new_report(bench):
+    """results.json, still without rows."""
+    kept = ("seed", "n", "draws", "guidance", "weights", "floor", "distance", "lpips")
+    report = {key: getattr(bench, key) for key in kept}
+    scored = min(bench.n, len(bench.tokens))
+    report.update(
+        command=command_line(*sys.argv), torch=torch.__version__, size=bench.images.shape[-1],
+        held_out=len(bench.tokens), scored=scored, completed=min(scored, COMPLETED),
+        tokenizer=frechet(bench.recon, bench.moments), judge=None, rows=[])
+    if bench.distance == JUDGED:
+        report["judge"] = validate_judge(bench.features, bench.images, bench.seed)
+    return report
+
+
+def write_json(report, out, name):
+    with replacing(os.path.join(out, name)) as file:
+        file.write(json.dumps(report, indent=1).encode())
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. Machinery: skip this on a first reading. The networks of --weights, then --speed.
+
+
+class AlexNet(nn.Module):
+    """The convolutions of torchvision's alexnet, under their names there."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU())
+
+    def activations(self, images):
+        shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1).to(images)
+        scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1).to(images)
+        x = (images - shift) / scale  # v0.0 of LPIPS forgot this step
+        out = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                out.append(x)
+        return out
+
+
+LINEAR = {f"lin{i}.model.1.weight": (1, channels, 1, 1)
+          for i, channels in enumerate((64, 192, 384, 256, 256))}
+
+
+def load_weights(paths, size, device="cpu"):
+    """What the files hold, see `recognised`, and
+    "lpips": its name and network."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls TorchScript outdated
+        found = dict(recognised(path, device) for path in paths)
+    if ("alexnet" in found) != ("linear" in found):
+        raise UserError("--weights: LPIPS takes two files: alexnet and alex.pth")
+    if "alexnet" in found:
+        if size < 31:
+            raise UserError(f"--weights: LPIPS takes images of 31 pixels or more, not {size}")
+        found["alexnet"].weights = found["linear"]
+        found["lpips"] = "LPIPS", found["alexnet"]
+    return found
+
+
+def recognised(path, device):
+    """("inception", (name of its distance, function of uint8 images)),
+    ("alexnet", network) or ("linear", its weights for `lpips`). UserError
+    unless all names and shapes fit: distances would be plausible and wrong."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        net = torch.jit.load(path, map_location=device).eval()
+
+        def features(images):
+            # the network resizes images itself: another resize is another FID
+            return net(images, return_features=True).float()
+
+        images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
+        count, width = features(images).shape
+        if count == 2:
+            return "inception", ("FID" if width == 2048 else "Frechet", features)
+    with contextlib.suppress(Exception):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {name: tuple(w.shape) for name, w in state.items()} == LINEAR:
+            return "linear", [state[name].flatten() for name in LINEAR]
+        net = AlexNet()
+        net.load_state_dict({k: w for k, w in state.items() if not k.startswith("classifier.")})
+        return "alexnet", net.requires_grad_(False).eval().to(device)
+    raise UserError(f"--weights {printable(path)}: expected inception-2015-12-05.pt, "
+                    "torchvision's alexnet, or the lpips package's v0.1/alex.pth")
+
+
+# -------------------------------------------------------------------------------------------------
+# Speed: each part beside what could stand in its place, with random weights.
+
+# attention: (B, heads, T, d); candidates: (B, heads, T, C, d); side: cells.
+SIZES = {"cpu": {"attention": ((128, 6, 64, 32), (8, 8, 256, 64), (4, 8, 1024, 64)),
+                 "candidates": (16, 8, 128, 128, 64),
+                 "side": 8, "width": 128, "layers": 6, "train": 32, "infer": 256},
+         "cuda": {"attention": ((64, 24, 264, 32), (32, 24, 1024, 32)),
+                  "candidates": (128, 24, 128, 128, 32),
+                  "side": 16, "width": 768, "layers": 14, "train": 64, "infer": 128}}
+DRAWN = (1, 64)              # images drawn at once
+LONG = (1, 8, 4096, 64)      # here the memory of attention counts
+SECONDS = 8                  # for each comparison; or five rounds if they take longer
+
+
+def compared(device, name, unit, ways):
+    """A row for each of ways {what: (amount, function)}: median
+    amount per second, and how many times the first way's this is.
+
+    They are called in turn, so that a slow moment of the machine meets all of them.
+    They go there and back (1 2 3 3 2 1 ...), so that none always runs after the same one."""
+    turns = list(ways)
+    times = {way: [] for way in ways}
+    wait = getattr(torch, device.type).synchronize  # a GPU answers before it has finished
+    began = time.perf_counter()
+    while len(times[turns[0]]) < 5 or time.perf_counter() - began < SECONDS:
+        for way in turns:
+            start = time.perf_counter()
+            ways[way][1]()
+            wait()
+            times[way].append(time.perf_counter() - start)
+        turns.reverse()
+    # the first round warms up
+    rates = {way: amount / statistics.median(times[way][1:]) for way, (amount, _) in ways.items()}
+    first, *_ = rates.values()
+    return [{"name": f"{name}: {way}", "rate": rate, "unit": unit, "times": rate / first}
+            for way, rate in rates.items()]
+
+
+library_attention = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+def masked_candidates(q, k, v, prefix_k, prefix_v):
+    """candidate_attention, the obvious way: a mask hides the other candidates."""
+    C, T = q.shape[2], prefix_k.shape[2]
+    seen = torch.cat((q.new_ones(C, T), torch.eye(C).to(q)), 1).bool()
+    k, v = torch.cat((prefix_k, k), 2), torch.cat((prefix_v, v), 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def attention_speed(device, dtype, sizes):
+    for B, heads, T, d in sizes["attention"]:
+        x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
+        grad = torch.randn(B, heads, T, d, device=device).to(dtype)
+
+        def both(attention):
+            y = attention(*(part.transpose(1, 2) for part in x.unbind(2)))
+            torch.autograd.grad(y, x, grad)
+
+        yield from compared(device, f"attention {B, heads, T, d}", "calls/s", {
+            "fused": (1, lambda: both(anyorder.fused_attention)),
+            "library": (1, lambda: both(library_attention))})
+    B, heads, T, C, d = sizes["candidates"]
+    inputs = [*torch.randn(3, B, heads, C, d, device=device).to(dtype),
+              *torch.randn(2, B, heads, T, d, device=device).to(dtype)]
+    with torch.inference_mode():
+        yield from compared(device, f"candidates {B, heads, T, C, d}", "calls/s", {
+            "ours": (1, lambda: anyorder.candidate_attention(*inputs)),
+            "masked": (1, lambda: masked_candidates(*inputs))})
+
+
+def model_speed(device, dtype, sizes):
+    config = {"rows": sizes["side"], "cols": sizes["side"], "codebook": 512, "words": ["a"],
+              "width": sizes["width"], "layers": sizes["layers"], "caption_length": 8}
+    model = anyorder.AnyOrder({**config, "order_head": False}).to(device)
+    headed = anyorder.AnyOrder({**config, "order_head": True}).to(device).eval()
+    N = model.N
+
+    def inputs(B):
+        tokens = torch.randint(512, (B, N), device=device)
+        return tokens, model.read(["a"] * B), anyorder.random_order(B, N).to(device)
+
+    batch, optimizers = inputs(sizes["train"]), anyorder.make_optimizers(model, 1e-3, dtype)
+
+    def step():
+        with autocast(device, dtype):
+            loss = model(*batch)[0].mean()
+        update(loss, model, optimizers, 1e-3, 0)
+
+    done = batch[0].numel()
+    library_step = mock.patch("anyorder.fused_attention", library_attention)(step)
+    yield from compared(device, "training step", "tokens/s", {
+        "fused attention": (done, step), "library's attention": (done, library_step)})
+
+    batch = inputs(sizes["infer"])
+    tried = N * (N + 1) / 2  # candidates per image
+    with autocast(device, dtype), torch.inference_mode():
+        rows = compared(device, "order inference", "tokens/s", {
+            "forward pass": (len(batch[0]) * (8 + N), lambda: model.logits(*batch)),
+            "candidates": (len(batch[0]) * tried, lambda: infer_orders(model, *batch[:2]))})
+    yield from rows
+    yield {"name": "orders", "rate": rows[1]["rate"] / tried, "unit": "images/s"}
+
+    for B in DRAWN:
+        ways = {f"{order}, {steps} steps":
+                (B, functools.partial(generate, headed, [""] * B, order, steps=steps))
+                for order in ("raster", "learned", "inferred") for steps in (N, N // 4)}
+        yield from compared(device, f"drawing {B}", "images/s", ways)
+
+
+def memory_use(device, dtype, sizes):
+    """Of attention, beside its inputs, its output
+    and their gradients: counted, so no noise."""
+    B, heads, T, d = LONG
+    q, k, v, grad = torch.randn(4, B, heads, T, d, device=device).to(dtype)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    # here, not above: torch may move what it calls private
+    from torch.distributed._tools.mem_tracker import MemTracker
+    with MemTracker() as memory:
+        y = anyorder.fused_attention(*inputs)
+        gradients = torch.autograd.grad(y, inputs, grad)
+    peak = memory.get_tracker_snapshot("peak")[q.device]["Total"]
+    extra = peak - sum(x.nbytes for x in (q, k, v, grad, y, *gradients))
+    square = B * heads * T * T * q.element_size()
+    for way, size in (("full square", square), ("fused", extra)):
+        yield {"name": f"memory of attention {B, heads, T, d}: {way}", "rate": size / 1e6,
+               "unit": "MB", "times": size / square}
+
+
+def speed_table(device, out):
+    """Prints all rows and writes out/speed.json.
+    Needs about 20 GB of memory on a GPU."""
+    writable(out)
+    dtype, sizes = precision(device), SIZES.get(device.type, SIZES["cpu"])
+    rows = []
+    for part in (attention_speed, model_speed, memory_use):
+        print(f"measuring: {part.__name__}", flush=True)
+        rows += part(device, dtype, sizes)
+    name = str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    report = {"command": command_line(*sys.argv), "device": name, "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "dtype": str(dtype)[6:], "rows": rows}
+    write_json(report, out, "speed.json")
+    print(table(rows, {"rate": ("", ",.4g"), "unit": ("", ""), "times": ("times first", ".2f")}))
+    print("torch {torch}, {device}, {threads} threads, {dtype}".format(**report))
 
 
 if __name__ == "__main__":

@@ -1,306 +1,284 @@
-"""The idea: a model that knows every order gets better when it may specialise in the orders it found itself.
+"""The idea: a model that knows every order gets better when it specialises in its own orders.
 
-anyorder.py has learned all N! orders, order_infer.py has found one order for each training image. Here the model goes
-on training, from the weights of anyorder.pt, but each image now always arrives in its own order (arXiv 2504.17069,
-section 3.3). Two things are distilled at once:
+anyorder.py has learned all N! orders, order_infer.py has found one for
+each training image. Now training goes on in these orders (arXiv
+2504.17069, section 3.3). Two heads learn:
 
-    loss = - mean_k log p(x_{o_k} | caption, past, o_k)        what is there: the content model sees the inferred orders
-           - mean_k log p(o_k | caption, past)                 where is next: the order head learns to choose them
+    loss = - mean_k log p(x_{o_k} | caption, past, o_k)   what is there: content
+           - mean_k log p(o_k | caption, past)            where next: order head
 
-The second term is a softmax over the cells that are still free. With it, `sample.py --order learned` draws in an
-inferred order at the price of raster: one small head per step instead of one evaluation per free cell.
+The second term is a softmax over the free cells. With the head,
+`sample.py --order learned` draws in such orders at the price of raster
+order: one look per cell.
 
-The policy that draws must be the one that the content model was trained with. The head is close to the inferred orders
-and never equal to them, so training goes on in rounds: the first in the orders of orders.pt, the later ones in the
-orders that the head itself chooses by then, which it soon gives again almost cell by cell. (The model's own confidence
-is no such policy: after finetuning it prefers other orders than those it has just specialised in.) The head can order
-any image, so the later rounds are not bound to the images of orders.pt: they go on with all that anyorder.pt has
-learned from, and where these are many, no image comes twice.
+A *policy* is the rule that picks the next cell. The content must be
+trained with the policy that draws. The head comes close to the inferred
+orders but never reproduces them exactly. So training goes on in rounds.
+The first takes the orders of orders.pt. Each later round takes the
+orders that the head itself picks by then, for all images that
+anyorder.pt has seen. The head soon reproduces these almost exactly.
 
-To draw several cells in one step is another policy still: the head then names cells that lie apart, where one by one it
-would go on beside the last. A model that is to draw in S steps may be told with --parallel S: one in four images of the
-later rounds comes in the order in which S steps would draw it.
+The orders drift on the way: on sunsets the any-order model draws the
+sun before the clouds in 88% of the images, the head after four rounds
+in 13%. It prefers what is easy to predict.
 
---order chooses what to specialise in:
+--order says what to specialise in:
 
-    inferred   each image's own order from orders.pt                                   writes out/ordered.pt
-    class      the mean order of all training images with the same caption             writes out/ordered_class.pt
-    raster     left to right, top to bottom: the control that any other order has to beat       out/ordered_raster.pt
-    random     a fresh order for each image and step: what training on, and no more, is worth    out/ordered_random.pt
-
-In one of four sequences the cells on one side of a random line come first, as if they were given (`given_first`): who
-learns only whole images in one order forgets how to complete them.
+    inferred  each image's own order, then the head's    out/ordered.pt
+    class     the mean order of a caption's images       out/ordered_class.pt
+    raster    the control that others have to beat       out/ordered_raster.pt
+    random    the control for mere extra training        out/ordered_random.pt
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
-run      python finetune.py                        2 minutes on two CPU cores with bfloat16
-you see  the held-out loss in nats per token, in the orders of the validation images, fall below anyorder.pt's
+run      python finetune.py                2 to 8 minutes on two idle CPU cores
+you see  the held-out loss in nats per token falls below that of anyorder.pt
 not here sampling (sample.py), comparing the orders (evaluate.py)
 """
 
-import bisect
 import math
 import os
 import time
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
+from torch import nn
 
-from anyorder import (DROP, AnyOrder, in_turn, interrupted, join, learning_rate, load_model, loss_curve, open_tokens,
-                      optimizers, random_order, rank_of, raster_order, save_model)
-from data import UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save
-from order_infer import (check_model, images_at_once, load_orders, location_loss, over_free, rank_correlation,
-                         shared_orders)
-from tokenizer import SAVE_EVERY, batch_of, precision, seeded
-
+from anyorder import (DROP, FIXED_ORDERS, AnyOrder, check_model, held_out_loss,
+                      keep_best, load_model, make_optimizers, new_state, rank_of,
+                      read_captions, save_model, split_rows)
+from data import (UserError, arguments, autocast, batch_of, command_line,
+                  fingerprint, join, loss_curve, number, pick_device, printable,
+                  progress, run, seeded, writable)
+from order_infer import (load_orders, places, rank_correlation, shared_orders,
+                         specialised_orders, unfinished)
+from tokenizer import learning_rate, open_tokens, update
 
 ROUNDS = 4          # of --order inferred
-ONE_IN = 4          # with --parallel S, one in so many images of a later round comes as it would be drawn in S steps
-GIVEN = 0.25        # share of training images of which some part is given, so that completion stays a skill
+GIVEN = 0.25        # share of training images of which a part is given
 
+# --------------------------------------------------
+# 1. Some cells are given
 
-def specialised_orders(kind, file, held, index):
-    """The order to train each of the images `index` (rows of tokens.pt) on: [n, N] int64."""
-    if kind == "inferred":
-        row = torch.full((len(held["tokens"]),), -1)
-        row[file["index"]] = torch.arange(len(file["index"]))
-        return file["order"][row[index]]
-    if kind == "class":
-        return file["caption_rank"].argsort(1)[held["caption_index"][index].long()]
-    N = held["tokens"].shape[1]
-    return (random_order(len(index), N, seeded("check")) if kind == "random"
-            else raster_order(len(index), N).contiguous())
+def given_first(order, model, generator):
+    """In one of four images, the cells on one side of a random line come first, as if given.
 
-
-def given_first(order, rows, cols, generator):
-    """order [B, N], visit lists of a rows x cols grid, on the CPU -> (order [B, N], given [B, 1]). In one of four, the
-    cells on one side of a random line come first, as if given to be completed; both sides stay in their order. `given`
-    counts them, 0 for the others."""
+    A model trained on whole images only forgets how to complete partial ones.
+    order [B, N] on the CPU -> (order [B, N], given [B, 1]: how many cells come first).
+    """
     B, N = order.shape
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()           # [N, 2]
-    along = place @ torch.randn(2, B, generator=generator)                 # [N, B], how far across the line
-    given = (torch.rand(B, 1, generator=generator) < GIVEN) * (N * torch.rand(B, 1, generator=generator)).long()
-    later = rank_of(along.T.argsort(1)) >= given                           # [B, N] bool, by cell
-    return order.gather(1, later.gather(1, order).int().argsort(dim=1, stable=True)), given
+    across = places(model) @ torch.randn(2, B, generator=generator)    # [N, B]
+    partial = torch.rand(B, 1, generator=generator) < GIVEN
+    given = partial * (N * torch.rand(B, 1, generator=generator)).long()
+    later = rank_of(across.T.argsort(1)) >= given                   # [B, N] bool, by cell
+    # a stable sort of False and True, by step, keeps the order on each side
+    sides = later.gather(1, order).int().argsort(dim=1, stable=True)
+    return order.gather(1, sides), given
 
 
-@torch.no_grad()
-def check(model, tokens, words, order, batch=256):
-    """On images the model does not train on: (nats per token, nats per location, share of locations guessed)."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for i in range(0, len(tokens), batch):
-        t, o = tokens[i:i + batch], order[i:i + batch]
-        what, where = model(t, words[i:i + batch], o)
-        sums[0] += F.cross_entropy(what.flatten(0, 1).float(), t.gather(1, o).flatten(), reduction="sum").item()
-        free = over_free(where, o)
-        sums[1] += F.cross_entropy(free.flatten(0, 1), o.flatten(), reduction="sum").item()
-        sums[2] += (free.argmax(-1) == o).sum().item()
-    return (sums / tokens.numel()).tolist()
+# --------------------------------------------------
+# 2. Rounds
+
+def train(model, data, rows, args, checkpoint, state):
+    """All rounds. `rows` of tokens.pt: for the "first" round, "later" ones, to "check" on.
+    `state`: what --resume goes on from, with the "order" [n, N] of the images of this round
+    and the "check_order" of those to check on.
+    """
+    device, cols = model.hop.device, model.config["cols"]
+    process, world = join(device)
+    share = slice(process, None, world)     # of each batch, this process takes a part
+    optimizers = make_optimizers(model, args.lr, dtype_of(state))
+    for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
+        optimizer.load_state_dict(saved)
+    ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    def now():
+        return {**state, "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+    bar = progress(args.steps, args.order, "step", state["step"])
+    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]
+    for r, (begin, end) in enumerate(zip(begins, begins[1:])):
+        train_rows = rows["later"] if r else rows["first"]
+        start = time.time()
+        if r and state["step"] == begin:
+            bar.write(f"round {r + 1}: "
+                      + head_orders(model, data, rows, args, range(begin, end), state))
+        for step in range(state["step"], end):
+            # the dice depend on the seed and the step alone, so a resumed run repeats them
+            dice = seeded(args.seed, step)
+            batch = batch_of(step, args.batch, len(train_rows), args.seed)
+            if args.order in FIXED_ORDERS:
+                order = FIXED_ORDERS[args.order](args.batch, model.N, dice, cols)
+            else:
+                order = state["order"][batch].long()
+            order, given = given_first(order, model, dice)
+            captioned = torch.rand(args.batch, 1, generator=dice) >= DROP
+            # the head learns the locations that were chosen, not those given
+            chosen = (torch.arange(model.N) >= given).float()       # [B, N]
+            chosen /= chosen.mean()
+            parts = train_rows[batch], order, captioned, chosen
+            row, order, captioned, chosen = [part[share].to(device) for part in parts]
+            with autocast(device, dtype_of(state)):
+                words = data["words"][row] * captioned
+                nats, where_nats = ddp(data["tokens"][row], words, order)   # [B, N]
+                content = nats.mean()
+                location = (where_nats * chosen).mean()
+            # each round restarts the learning rate
+            rate = learning_rate(step - begin, end - begin, args.lr)
+            update(content + location, model, optimizers, rate, step)
+            state["step"] = step + 1
+            state["seconds"] += time.time() - start
+            bar.update()
+            if (step + 1) % max(1, args.steps // 8) == 0 or step + 1 == end:
+                value, where_value = held_out(model, data, rows, state)
+                state["history"].append((step + 1, content.item(), value))
+                keep_best(state, model, value)
+                bar.write(f"step {step + 1:5d}  loss {content:.3f}  held out {value:.3f} "
+                          f"nats per token, {where_value:.3f} per location")
+            checkpoint.after_step(now, step + 1)
+            start = time.time()
+    bar.close()
+
+
+def head_orders(model, data, rows, args, steps, state):
+    """A new round: the head picks state["order"], for the images of these `steps`, and
+    state["check_order"]. Returns in words how far they have changed."""
+    n = len(rows["later"])
+    batches = (batch_of(step, args.batch, n, args.seed) for step in steps)
+    drawn = sorted(set().union(*batches))
+    row = torch.cat((rows["later"][drawn], rows["check"]))
+    tokens, words = data["tokens"][row], data["words"][row]
+    processes = join(model.hop.device)
+    found = shared_orders(model, tokens, words, dtype_of(state), *processes, headed=True)
+    found = torch.cat(list(found))
+    before, after = state["check_order"].long(), found[len(drawn):]
+    # -1 for images that this round does not draw
+    state["order"] = torch.full((n, model.N), -1).short()
+    state["order"][drawn] = found[:len(drawn)].short()
+    state["check_order"] = after.short()
+    # losses in other orders do not compare
+    state["best"]["held_out"] = math.inf
+    agree = rank_correlation(rank_of(before), rank_of(after))
+    return f"orders of the head, rank correlation {agree:.3f} with those before"
+
+
+def held_out(model, data, rows, state):
+    """(nats per token, per location) of the images to check on, in state["check_order"]."""
+    row, device = rows["check"], model.hop.device
+    order = state["check_order"].long().to(device)
+    with autocast(device, dtype_of(state)):
+        return held_out_loss(model, data["tokens"][row], data["words"][row], order)
+
+
+def dtype_of(state):
+    return torch.bfloat16 if state["bfloat16"] else torch.float32
+
+
+# --------------------------------------------------
+# 3. Flags, files (skip this on a first reading)
+
+def first_orders(name, data, file, limit):
+    """What the first round begins with: (rows, order, check_order), see `train`."""
+    known, check = split_rows(data, file["config"]["limit"])    # as in order_infer.py
+    later, _ = split_rows(data, limit and max(limit, len(known)))
+    rows = {"first": later, "later": later, "check": check}
+    if name == "inferred":
+        rows["first"] = known
+        return rows, *file["order"].split((len(known), len(check)))
+    if name in FIXED_ORDERS:
+        N, cols = file["order"].shape[1], data["config"]["cols"]
+        order = FIXED_ORDERS[name](len(check), N, seeded("check"), cols)
+        # those to train on are drawn anew for each image and step
+        return rows, order[:0], order
+    index = data["caption_index"][torch.cat((later, check))].tolist()
+    captions = [data["captions"][i] for i in index]
+    order = specialised_orders(captions, file["caption_rank"], file["mean_rank"])
+    return rows, *order.split((len(later), len(check)))
+
+
+def parse():
+    parser = arguments(__doc__)
+    parser.add_argument("--order", choices=("inferred", "class", *FIXED_ORDERS),
+                        default="inferred", help="what to specialise in")
+    parser.add_argument("--rounds", type=number(int, 1), default=None,
+                        help=f"of an inferred run (default: {ROUNDS})")
+    parser.add_argument("--steps", type=number(int, 1), default=500, help="of all rounds together")
+    parser.add_argument("--batch", type=number(int, 1), default=32,
+                        help="images per step, over all processes")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1), default=None,
+                        help="peak learning rate (default: 0.002, or 0.0005 if images are so few "
+                             "that they come more than once)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    args = parser.parse_args()
+    most = args.steps if args.order == "inferred" else 1
+    args.rounds = args.rounds or min(ROUNDS, most)
+    if args.rounds > most:
+        raise UserError(f"--rounds {args.rounds}: {args.steps} steps in {args.order} order "
+                        f"allow {most}, give no more")
+    return args
 
 
 def main():
-    parser = arguments(__doc__)
-    parser.set_defaults(data=None)
-    parser.add_argument("--order", choices=("inferred", "class", "raster", "random"), default="inferred",
-                        help="what to specialise in")
-    parser.add_argument("--rounds", type=int, default=None,
-                        help=f"parts of an inferred run, all but the first in the head's orders (default: {ROUNDS})")
-    parser.add_argument("--parallel", metavar="S", type=int, default=0,
-                        help="also specialise in drawing in S steps, several cells at once (sample.py --parallel)")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of all rounds together")
-    parser.add_argument("--batch", type=int, default=32, help="images per step over all processes")
-    parser.add_argument("--lr", type=float, default=None,
-                        help="peak learning rate (default: 0.002, or 0.0005 where images are so few that they come "
-                             "more than once); raster order of thousands of images bears 0.004")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    args = parser.parse_args()
-    if args.rounds and args.order != "inferred":
-        raise UserError(f"--rounds {args.rounds} changes the orders, --order {args.order} keeps them: "
-                        "leave out one of them")
-    args.rounds = (min(ROUNDS, args.steps) if args.order == "inferred" else 1) if args.rounds is None else args.rounds
-    if args.parallel and (args.rounds < 2 or args.parallel < 2):
-        raise UserError(f"--parallel {args.parallel} is for 2 steps or more in orders of the head, which come from "
-                        "the second round on: leave it out, or give --order inferred and --rounds of 2 or more")
-    for name in ("steps", "batch", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is too small: give at least 1")
-    if args.lr is not None and not 0 < args.lr < 1:
-        raise UserError(f"--lr {args.lr} is not a learning rate: give a number between 0 and 1, such as 0.0005")
-    if args.rounds > args.steps:
-        raise UserError(f"--rounds {args.rounds} are more than --steps {args.steps}: each round needs a step")
+    args = parse()
     device = pick_device(args.device)
-    rank, world = join(device)
+    process, world = join(device)
     if args.batch % world:
-        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: give a multiple of {world}")
-    held = open_tokens(args.out, args.data)
+        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: "
+                        f"give a multiple of {world}")
+    writable(args.out)
+    data = open_tokens(args.out, args.data)
     source = os.path.join(args.out, "anyorder.pt")
-    start_model = load_model(source, device)
-    check_model(start_model, source, held)
-    file = load_orders(os.path.join(args.out, "orders.pt"), held)
+    start = load_model(source, device)
+    check_model(start, source, data)
+    file = load_orders(args.out, data)
+    rows, order, check_order = first_orders(args.order, data, file, start.about["limit"])
+    if args.lr is None:
+        args.lr = 2e-3 if args.steps * args.batch <= len(rows["later"]) else 5e-4
 
-    torch.manual_seed(args.seed)                                           # the order head is new
-    model = AnyOrder({**start_model.config, "order_head": True}).to(device)
-    model.load_state_dict(start_model.state_dict(), strict=False)
-    tokens = held["tokens"].to(device)
-    captions = model.read(held["captions"])[held["caption_index"].long().to(device)]       # [n, L]
-    known, val = (file["index"][held["split"][file["index"]] == part] for part in (0, 1))
-    val = val if len(val) else known[:512]
-    limit = start_model.about.get("limit", 0)                              # anyorder.pt has seen so many (0: all)
-    train = (held["split"] == 0).nonzero()[:max(limit, len(known)) if limit else None, 0]
-    images = known if args.order == "inferred" else train                  # of this round
-    order = specialised_orders(args.order, file, held, images)
-    args.lr = args.lr or (2e-3 if args.steps * args.batch <= len(train) else 5e-4)
-    val_order = specialised_orders(args.order, file, held, val).to(device)
-    grid, N, small = model.config, model.N, torch.uint8 if model.N <= 256 else torch.int32
-    if args.parallel >= N:
-        raise UserError(f"--parallel {args.parallel} steps for {N} cells are one by one: give fewer, such as {N // 4}")
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
-    target, unfinished = (os.path.join(args.out, name + end) for end in (".pt", "_resume.pt"))
-    made_from = {**start_model.about["made_from"], "orders": fingerprint(file["order"]),
-                 "model": fingerprint(start_model.state_dict())}
-    settings = {key: getattr(args, key) for key in ("order", "rounds", "parallel", "steps", "batch", "lr", "seed")}
-    settings["optimizer"] = "Muon"
-    kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
-    step, best, history, seconds = 0, math.inf, [], 0.0
-    begins = [r * args.steps // args.rounds for r in range(args.rounds + 1)]              # the first step of each round
-    if args.resume:
-        state = load(unfinished, "unfinished", "python finetune.py without --resume")
-        if state["config"] != settings or state["made_from"] != made_from:
-            raise UserError(f"{unfinished} was begun with other settings or files: "
-                            "repeat its flags, or leave out --resume")
-        model.load_state_dict(state["model"])
-        step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
-        order, val_order = state["order"].long(), state["val_order"].long().to(device)
-        if step >= begins[1]:
-            images = train
-        kind = torch.bfloat16 if state["bfloat16"] else torch.float32      # whatever the probe says this time
-    both = optimizers(model, args.lr, kind)
-    if args.resume:
-        for optimizer, momenta in zip(both, state["optimizers"]):
-            optimizer.load_state_dict(momenta)
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    def evaluate():
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            return check(model, tokens[val], captions[val], val_order)
-
-    def remember():
-        save(unfinished, {"kind": "unfinished", "version": 1, "config": settings, "made_from": made_from,
-                          "model": model.state_dict(), "optimizers": [each.state_dict() for each in both], "step": step,
-                          "best": best, "history": history, "seconds": seconds, "order": order.to(small),
-                          "val_order": val_order.to(small), "bfloat16": kind == torch.bfloat16})
-
-    def leave():
-        bar.close()
-        if rank == 0:
-            remember()
-            print(f"stopped at step {step}: the same command with --resume goes on from {unfinished}")
-        raise KeyboardInterrupt
-
-    def heads_orders(rows, parallel=0):
-        """The orders in which the head would draw rows [n] of tokens.pt now, in so many steps: [n, N]."""
-        found = []
-        for part in tqdm(rows.split(images_at_once(model) * world), desc="orders", unit="batch", disable=rank > 0,
-                         dynamic_ncols=True):
-            found.append(shared_orders(model, tokens[part].cpu(), captions[part].cpu(), kind, rank, world, headed=True,
-                                       parallel=parallel))
-            if interrupted(stop, device):
-                leave()
-        return torch.cat(found)
-
-    def several_at_once(batch, part):
-        """Which images [n] come, in this round, in the order in which --parallel steps would draw them: bool [n]."""
-        return (batch + part) % ONE_IN == 0 if args.parallel and part else torch.zeros(len(batch), dtype=torch.bool)
-
-    if rank == 0:
-        if args.order in ("inferred", "class") and file["made_from"]["model"] != made_from["model"]:
-            print(f"the orders in {args.out}/orders.pt were inferred by another model than {source}")
-        print(f"{len(images):,} images in {args.order} order" + f", later of {len(train):,}" * (args.rounds > 1)
-              + f", {len(val)} to check; before: {evaluate()[0]:.3f} nats per token; learning rate {args.lr}")
-    stop, saved = on_interrupt(), time.time()
-    bar = tqdm(total=args.steps, initial=step, desc=name, unit="step", disable=rank > 0, dynamic_ncols=True)
-    say = (lambda line: None) if rank else bar.write
-    while step < args.steps:
-        start, chance = time.time(), seeded(args.seed, step)
-        part = bisect.bisect(begins, step) - 1                             # the round
-        if step and step == begins[part]:
-            seen = torch.tensor(sorted({i for k in range(begins[part], begins[part + 1])
-                                        for i in batch_of(k, args.batch, len(train), args.seed)}))     # in this round
-            some = several_at_once(seen, part)
-            found = heads_orders(torch.cat((train[seen[~some]], val)))
-            several = heads_orders(train[seen[some]], args.parallel) if some.any() else found[:0]
-            images, order = train, torch.zeros(len(train), N, dtype=torch.long)
-            order[seen[~some]], order[seen[some]] = found[:-len(val)], several         # the others are not asked for
-            old, val_order = val_order, found[-len(val):].to(device)
-            best = math.inf                                                # losses in other orders do not compare
-            agree = rank_correlation(rank_of(old), rank_of(val_order))
-            say(f"round {part + 1}: orders of the head, rank correlation {agree:.3f} with those before; "
-                f"held out {evaluate()[0]:.3f} nats per token")
-        batch = torch.tensor(batch_of(step, args.batch, len(images), args.seed))
-        o = random_order(args.batch, N, chance) if args.order == "random" else order[batch]
-        o, given = given_first(o, grid["rows"], grid["cols"], chance)
-        told = torch.rand(args.batch, 1, generator=chance) >= DROP
-        chosen = torch.arange(N) >= given                                  # [B, N], locations not given but chosen
-        chosen = (chosen & ~several_at_once(batch, part)[:, None]).float()              # what the head learns
-        chosen /= chosen.mean().clamp(min=1e-9)        # over all processes: the mean of their means is then the mean
-        mine = slice(rank, None, world)                                    # each takes its share
-        pick, o, chosen, told = (x[mine].to(device) for x in (images[batch], o, chosen, told))
-        t = tokens[pick]
-        rate = learning_rate(step - begins[part], begins[part + 1] - begins[part], args.lr)
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            what, where = parallel(t, captions[pick] * told, o)            # [B, N, V], [B, N, N]
-            loss = F.cross_entropy(what.flatten(0, 1), t.gather(1, o).flatten())
-            place = (location_loss(where, o) * chosen).mean()
-        (loss + place).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # of all processes: they fail together
-        if not math.isfinite(loss.item() + place.item() + norm.item()):
-            raise UserError(f"the loss is {loss.item()}, its gradient {norm.item()}, at step {step}: "
-                            + f"{target} keeps the last good model; " * (best < math.inf)
-                            + f"try --lr {args.lr / 3:.2g}")
-        for optimizer in both:
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        seconds += time.time() - start
-        bar.update()
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {step * args.batch / max(seconds, 1e-9):.0f} images/s",
-                            refresh=False)
-        if step % max(1, args.steps // 8) == 0 or step in begins:
-            value, nats, hits = evaluate()
-            history.append((step, loss.item(), value))
-            say(f"step {step:5d}  loss {loss.item():.3f}  held out {value:.3f} nats per token; next location "
-                      f"{nats:.3f} nats, {hits:.0%} right" + ("  best" if value < best else ""))
-            if value < best:
-                best = value
-                if rank == 0:
-                    save_model(target, model, made_from=made_from, order=args.order,
-                               step=start_model.about["step"] + step,
-                               held_out=value, batch=args.batch, data=held["config"]["data"],
-                               tokens_seen=start_model.about["tokens_seen"] + step * args.batch * N,
-                               seconds=start_model.about["seconds"] + seconds,
-                               caption_rank=file["caption_rank"], captions=held["captions"],
-                               score=file["config"]["score"], distance=file["config"]["distance"])
-        if interrupted(stop, device):
-            leave()
-        if rank == 0 and time.time() - saved > SAVE_EVERY:
-            remember()
-            saved = time.time()
-    bar.close()
-    if rank:
+    target = os.path.join(args.out, name)
+    made_from = {**start.about["made_from"], "model": fingerprint(start.state_dict()),
+                 "orders": fingerprint(file["order"])}
+    flags = ("order", "rounds", "steps", "batch", "lr", "seed")
+    settings = {**made_from, **{flag: getattr(args, flag) for flag in flags}}
+    again = command_line("finetune.py", "--order", args.order, "--out", args.out)
+    checkpoint = unfinished(target + "_resume.pt", settings, args.resume, again)
+    if file["made_from"]["model"] != made_from["model"]:
+        print(f"orders.pt was inferred by another model than {printable(source)}")
+    orders = {"order": order.short(), "check_order": check_order.short()}
+    state = checkpoint.state or {**new_state(device), **orders, "model": start.state_dict()}
+    torch.manual_seed(args.seed)    # for the order head, which is new
+    model = AnyOrder({**start.config, "order_head": True}).to(device)
+    model.load_state_dict(state.pop("model"), strict=False)
+    data["words"] = read_captions(model, data)
+    data["tokens"] = data["tokens"].to(device)
+    before, _ = held_out(model, data, rows, state)
+    later, first, check = (len(rows[name]) for name in ("later", "first", "check"))
+    print(f"{later:,} images to train on, {first:,} in the first round, {check} to check: "
+          f"{before:.3f} nats per token in {args.order} order before; "
+          f"learning rate {args.lr}")
+    train(model, data, rows, args, checkpoint, state)
+    if process:
         return
-    if os.path.exists(unfinished):
-        os.remove(unfinished)
-    loss_curve(history, os.path.join(args.out, f"{name}_loss.png"))
-    if args.order == "inferred":
-        guess = shared_orders(load_model(target, device), tokens[val].cpu(), captions[val].cpu(), kind, headed=True)
-        agree = (rank_correlation(rank_of(guess), rank_of(other.cpu()))
-                 for other in (specialised_orders("inferred", file, held, val), val_order))
-        print("the order head's own orders of the images to check correlate by {:.3f} with the inferred ones, "
-              "by {:.3f} with those of the last round".format(*agree))
-    print(f"{target}: {best:.3f} nats per token held out, {seconds:.0f} s\n"
-          f"next: python sample.py --model {target} --order {'learned' if args.order == 'inferred' else args.order}")
+    best, about = state["best"], start.about
+    model.load_state_dict(best["model"])
+    save_model(
+        target + ".pt", model,
+        made_from=made_from,
+        order=args.order,
+        batch=args.batch,
+        step=about["step"] + best["step"],
+        tokens_seen=about["tokens_seen"] + best["step"] * args.batch * model.N,
+        seconds=about["seconds"] + state["seconds"],
+        held_out=best["held_out"],
+        **{key: about[key] for key in ("limit", "data", "captions")},
+        **{key: file[key] for key in ("caption_rank", "mean_rank")},
+        **{key: file["config"][key] for key in ("score", "distance")})
+    checkpoint.done()
+    loss_curve(state["history"], target + "_loss.png")
+    learned = "learned" if args.order == "inferred" else args.order
+    print(f"{printable(target)}.pt: {best['held_out']:.3f} nats per token held out, "
+          f"{state['seconds']:.0f} s\nnext: "
+          + command_line("sample.py", "--model", target + ".pt", "--order", learned))
 
 
 if __name__ == "__main__":

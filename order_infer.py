@@ -1,31 +1,34 @@
-"""The idea: a model that can draw any cell next can tell which cell *should* come next.
+"""The idea: a model that can draw any cell next can also tell which cell should come next.
 
-With some cells drawn, every free cell is offered to the model as the next one. All offers share what was drawn:
-the last input is repeated once per free cell, each copy attends to the shared cache and to itself, and one pass
-says what would be drawn at every free cell. The cell with the best score comes next; it is filled, and the
-question is asked again:
+For every free cell, ask what the model would draw there. Take the cell with the
+best score, fill it, and ask again:
 
-    o_k = argmax over free cells c of  score(p(. | drawn so far, c)) - distance * |c - o_{k-1}| / diagonal
+    o_k = argmax over free cells c of
+              score(p(. | drawn so far, c)) - distance * |c - o_{k-1}| / diagonal
 
-Drawing an image of N cells so costs N + (N - 1) + ... + 1 evaluations, about N^2 / 2 (arXiv 2504.17069, section 3.2).
+This takes N + (N - 1) + ... + 1 looks, about N^2 / 2 (arXiv 2504.17069). The
+content of a training image is known (teacher forcing): only its order is
+inferred.
 
-The score looks at the *distribution* at a cell, never at what is drawn there. So the order is a function of the past
-alone, and sum_k log p(x_{o_k} | past) is the exact log-likelihood of the image under this adaptive order: over all
-images it sums to 1 (test_all.py adds it up). `likelihood` breaks this rule on purpose, to show what it costs: it draws
-first and then keeps the cell with the likeliest draw, which acts like a strong cut in temperature.
+*Why is the likelihood exact?* A score reads the distribution at a cell, never
+its content. So the order depends on the past alone, and sum_k log p(x_{o_k} |
+past) is log p(image): the probabilities of all images sum to 1. The score
+`likelihood` reads the content. Then they sum to more than 1: each image takes
+the branch that is likeliest for itself.
 
-For a training image the content is known (teacher forcing) and only the location is inferred: that is its order.
-
-A large data set need not pay this price for every image. With --fast the first thousand orders teach a small *order
-head* which cell comes next, given what the model knows before it is told (`learn_head`). For all other images the head
-chooses, at one evaluation for each cell.
+*Why do these orders cost more nats than random ones before finetuning?* A
+perfect model pays the same for every order: the chain rule. The number of known
+neighbours, summed over the image, is also the same: each pair of neighbours
+counts once. Orders differ only in how hard they are to learn. Raster order
+meets one pattern of known neighbours again and again, inferred orders meet
+hundreds. Hence finetune.py.
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
-writes   out/orders.pt (the order of each training and validation image, the mean rank for each caption), out/orders.png
-run      python order_infer.py                     4,512 images in 2.5 to 7 minutes on two CPU cores
-         python order_infer.py --fast              all training images: 1,000 exactly, a head orders the others
-you see  the mean order as a colour map (dark first, bright last), and images as they appear in their own order
-not here drawing new images in an inferred order (sample.py), learning from the orders (finetune.py)
+writes   out/orders.pt, out/orders.png
+run      python order_infer.py      4,512 images in 2.5 to 7 minutes, two idle cores
+you see  the mean order, then images with their orders (dark first, bright last),
+         each a quarter, half, three quarters drawn
+not here drawing new images (sample.py), learning from the orders (finetune.py)
 """
 
 import math
@@ -33,30 +36,28 @@ import os
 import time
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from anyorder import (AnyOrder, Drawing, in_turn, interrupted, join, learning_rate, load_model, open_tokenizer,
-                      open_tokens, rank_of)
-from data import (UserError, arguments, fingerprint, load, on_interrupt, pick_device, run, save, save_picture, sheet,
-                  to_uint8)
-from tokenizer import SAVE_EVERY, batch_of, precision, seeded
+from anyorder import Drawing, check_model, load_model, new_state, rank_of, split_rows
+from data import (Checkpoint, UserError, arguments, autocast, command_line, fingerprint, in_turn,
+                  join, load, number, pick_device, printable, progress, run, save, save_picture,
+                  seeded, sheet, to_uint8, writable)
+from tokenizer import open_tokenizer, open_tokens
 
-HEAD_STEPS, HEAD_BATCH = 400, 64        # training of the order head by --fast
+# --------------------------------------------------
+# 1. Scores: where next?
 
-# Higher comes earlier. logits [B, C, V] float32 -> [B, C] in nats.
-SCORES = ("confidence", "margin", "entropy", "calibrated", "likelihood")
+SCORES = ("confidence", "margin", "entropy", "calibrated")
 
 
 def location_scores(logits, score, frequency, content=None):
-    """How much each candidate cell wants to be next: logits [B, C, V] -> [B, C] in nats, higher is earlier.
+    """Which cell comes next? logits [B, C, V] of C candidates -> [B, C], the highest does.
 
     confidence  log max_v p(v): the surest cell first (the paper's score)
-    margin      log of the first minus the second probability ("Train for the worst, plan for the best", 2025)
+    margin      log of the first minus the second probability (arXiv 2502.06768)
     entropy     minus the entropy of p
-    calibrated  log p(v) - log frequency(v) at the likeliest v: how much more sure than the mere share of v among the
-                training tokens (frequency [V]), so that trivial background does not always come first
-    likelihood  log p of `content` [B, C], what was drawn there (or is there): not leak-free, kept for comparison
+    calibrated  log p(v) - log frequency(v) at the likeliest v: plain background, whose codes
+                are frequent in the training set (frequency [V]), loses its head start
+    likelihood  log p of `content` [B, C]: reads what it must not, for comparison only
     """
     log_p = logits.float().log_softmax(-1)
     if score == "confidence":
@@ -74,343 +75,302 @@ def location_scores(logits, score, frequency, content=None):
     raise UserError(f"score {score!r} is not known: choose one of {', '.join(SCORES)}")
 
 
-def step_lengths(model):
-    """[N + 1, N] Euclidean distance between cells over the grid's diagonal; from nowhere (row N) it is 0."""
+def places(model):
+    """[N, 2] float32: row and column of each cell."""
     rows, cols = model.config["rows"], model.config["cols"]
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()           # [N, 2]
-    return torch.cat((torch.cdist(place, place) / max(1.0, math.hypot(rows - 1, cols - 1)),
-                      torch.zeros(1, rows * cols)))
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()
+
+
+def step_lengths(model):
+    """[N + 1, N] distance between cells in grid diagonals; from nowhere (row N) it is 0."""
+    place = places(model)
+    diagonal = max(1.0, math.hypot(*place[-1].tolist()))
+    return torch.cat((torch.cdist(place, place) / diagonal, torch.zeros(1, model.N)))
 
 
 def crowding(model):
-    """[N, N] float32: what a cell that is drawn takes from the value of another in the same step. inf from itself, so
-    much from cells which share an edge with it that all others come before them, nothing from these."""
-    rows, cols = model.config["rows"], model.config["cols"]
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
-    away = (place[:, None] - place).abs().sum(-1)                          # [N, N] steps along the grid
+    """[N, N] penalty on cell b once cell a is chosen in this step.
+
+    inf if b is a, 1e4 if they share an edge (all other cells come first), else 0.
+    """
+    place = places(model)
+    away = (place[:, None] - place).abs().sum(-1)
     return (1e4 * (away == 1)).masked_fill(away == 0, math.inf)
 
 
-def steps_of(cells, parallel):
-    """How many cells each step draws: one, or in `parallel` steps slightly fewer at first, when all is open: after k
-    steps the share (k / parallel)^1.15 is drawn. steps_of(16, 4) is [3, 4, 4, 5]."""
-    if not 0 < parallel < cells:
-        return [1] * cells
-    after = [round(cells * (k / parallel) ** 1.15) for k in range(parallel + 1)]
-    for k in range(1, parallel + 1):                                       # at least one each
-        after[k] = min(max(after[k], after[k - 1] + 1), cells - parallel + k)
-    return sorted(b - a for a, b in zip(after, after[1:]))
+# --------------------------------------------------
+# 2. The loop behind every order
 
+def visit(drawing, free, steps, choose, fill):
+    """The loop behind every order: draws the cells free [B, C], n of them in each of `steps`.
 
-def best_apart(value, cells, n, crowd):
-    """The n best of cells [B, C] by value [B, C], one after the other, each the best of those that are adjacent to none
-    before it, and where all are, the best of all: numbers [B, n]. Cells that share an edge should not be drawn at once:
-    neither would know the other. crowd [N, N]: see crowding."""
-    value, choice = value.float(), [value.argmax(1, keepdim=True)]
-    while len(choice) < n:
-        value = value - crowd[cells.gather(1, choice[-1]), cells]          # [B, C]
-        choice.append(value.argmax(1, keepdim=True))
-    return torch.cat(choice, 1)
+    choose(free) -> value [B, C], logits      where next? the best value is
+                                              logits [B, C, V], None if it did not look
+    fill(cell, logits) -> token [B, n]        what is there? cell [B, n], logits [B, n, V]
 
-
-def without(cells, choice):
-    """cells [B, C] minus numbers choice [B, n] of each row -> [B, C - n].   without([[4, 7, 9]], [[1]]) is [[4, 9]]."""
-    left = torch.ones_like(cells, dtype=torch.bool).scatter_(1, choice, False)
-    return cells[left].view(len(cells), -1)
-
-
-@torch.inference_mode()
-def infer_orders(model, tokens, captions, score="confidence", distance=0.0, headed=False, parallel=0):
-    """The order in which the model would draw these images.
-
-    tokens [B, N] int64, captions: B strings or [B, L] word numbers -> order [B, N] int64. `score` as in
-    location_scores; `distance` >= 0 in nats per grid diagonal pulls the next cell towards the last one. `headed` leaves
-    the choice to the model's order head: no cell is tried. `parallel` is the number of steps, 0 for one by one (see
-    steps_of). The images are split into batches, see images_at_once.
+    Returns the order [B, C]. The steps sum to C.
     """
-    if score not in SCORES:
-        raise UserError(f"score {score!r} is not known: choose one of {', '.join(SCORES)}")
-    if headed and not model.config["order_head"]:
-        raise UserError("this model has no order head that could choose: take one of finetune.py")
-    words = model.read(captions) if isinstance(captions, (list, tuple)) else captions
-    at_once = images_at_once(model)
-    if len(tokens) > at_once:
-        return torch.cat([infer_orders(model, tokens[i:i + at_once], words[i:i + at_once], score, distance, headed,
-                                       parallel) for i in range(0, len(tokens), at_once)])
-    B, N = tokens.shape
-    lengths, crowd = step_lengths(model).to(tokens.device), crowding(model).to(tokens.device)
-    drawing = Drawing(model, words)
-    free = torch.arange(N, device=tokens.device).repeat(B, 1)              # [B, C], n cells fewer each step
+    crowd = crowding(drawing.model).to(free.device)
     order = []
-    for n in steps_of(N, parallel):
-        if headed:
-            value = drawing.next_location().gather(1, free)
-        else:
-            value = location_scores(drawing.look(free), score, model.frequency, tokens.gather(1, free))
-            if distance:
-                value = value - distance * lengths[drawing.cell[:, -1:], free]
-        choice = at = best_apart(value, free, n, crowd)                    # [B, n]
-        cell = free.gather(1, choice)
-        if headed:                                                         # the locations are known: look there only
-            drawing.look(cell, together=True)
-            at = torch.arange(n, device=tokens.device).expand(B, n)
-        drawing.place(at, tokens.gather(1, cell))
+    for n in steps:
+        value, logits = choose(free)
+        choice = best_apart(value, free, n, crowd)      # [B, n] indices into free
+        cell = free.gather(1, choice)                   # [B, n]
+        looked = choice                                 # indices into the cells looked at
+        if logits is None:
+            logits = drawing.look(cell)
+            looked = torch.arange(n, device=free.device).expand_as(choice)
+        logits = torch.take_along_dim(logits, looked[..., None], 1)     # [B, n, V]
+        drawing.place(looked, fill(cell, logits))
         order.append(cell)
         free = without(free, choice)
     return torch.cat(order, 1)
 
 
-def shared_orders(model, tokens, words, kind, rank=0, world=1, **how):
-    """infer_orders in the number type `kind`, the images [n, N] shared out between processes.
-    All receive all, on the CPU."""
-    tokens, words = (x.tensor_split(world)[rank].to(model.hop.device) for x in (tokens, words))
-    with torch.autocast(tokens.device.type, kind, enabled=kind != torch.float32):
-        found = infer_orders(model, tokens, words, **how).cpu()
-    return torch.cat(in_turn([found])) if world > 1 else found
+def best_apart(value, cells, n, crowd):
+    """Indices [B, n] of the n best of cells [B, C] by value [B, C], the best first.
+
+    Cells of one step do not know each other. So each is the best of those that share no
+    edge with the ones before it. If all do, it is the best of all.
+    """
+    value = value.float()
+    choice = [value.argmax(1, keepdim=True)]
+    while len(choice) < n:
+        value = value - crowd[cells.gather(1, choice[-1]), cells]
+        choice.append(value.argmax(1, keepdim=True))
+    return torch.cat(choice, 1)
 
 
-def images_at_once(model):
-    """The batch that keeps the widest tensor, B x N x 4D or B x N x V in float32, within 32 MB, as a CPU likes it. A
-    GPU would wait for Python most of the time: there within 512 MB, if all layers together (30 B x N x D bytes each)
-    take less than half of its memory."""
-    device, D = model.hop.device, model.config["width"]
-    widest = model.N * max(4 * D, model.V)
-    if device.type != "cuda":
-        return max(1, 2 ** 23 // widest)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(2 ** 27 // widest, memory // (60 * len(model.blocks) * model.N * D)))
+def without(cells, choice):
+    """cells [B, C] less those at choice [B, n]: without([[4, 7, 9]], [[1]]) is [[4, 9]]."""
+    left = torch.ones_like(cells, dtype=torch.bool).scatter_(1, choice, False)
+    return cells[left].view(len(cells), cells.shape[1] - choice.shape[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The order head: orders at the price of one evaluation for each cell
+def steps_of(cells, steps):
+    """How many cells to draw in each step: steps_of(16, 4) is [3, 4, 4, 5]. 0: one each.
+
+    After k steps the share (k / steps)^1.15 is drawn: fewer at first, when little is known.
+    """
+    if not 0 < steps < cells:
+        return [1] * cells
+    drawn = [max(k, round(cells * (k / steps) ** 1.15)) for k in range(steps + 1)]
+    return sorted(after - before for before, after in zip(drawn, drawn[1:]))
 
 
-def over_free(where, order):
-    """Logits of the order head, where [B, N, N], with -inf for what is drawn: at step k of order [B, N], the cells of
-    rank < k. The last step has one free cell."""
-    step = torch.arange(order.shape[1], device=order.device)
-    drawn = rank_of(order)[:, None, :] < step[None, :, None]               # [B, step, cell]
-    return where.float().masked_fill(drawn, -math.inf)
+@torch.inference_mode()
+def infer_orders(model, tokens, captions, score="confidence", distance=0.0, headed=False):
+    """The order in which the model would draw these images: [B, N] int64.
+
+    tokens [B, N] int64; captions: B strings, or word numbers [B, L]; score: see
+    location_scores. distance, in nats per grid diagonal, pulls the next cell towards the
+    last one. headed: the order head chooses, at one look per cell.
+    """
+    if headed and not model.config["order_head"]:
+        raise UserError("this model has no order head that could choose: take one of finetune.py")
+    words = model.read(captions) if isinstance(captions, (list, tuple)) else captions
+    at_once = images_at_once(model)
+    if len(tokens) > at_once:
+        batches = zip(tokens.split(at_once), words.split(at_once))
+        return torch.cat([infer_orders(model, *b, score, distance, headed) for b in batches])
+    drawing = Drawing(model, words)
+    lengths = step_lengths(model).to(tokens.device)
+
+    def choose(free):
+        if headed:
+            return drawing.next_location().gather(1, free), None
+        logits = drawing.look(free)
+        value = location_scores(logits, score, model.frequency, tokens.gather(1, free))
+        return value - distance * lengths[drawing.cell[:, -1:], free], logits
+
+    def fill(cell, logits):
+        return tokens.gather(1, cell)
+
+    cells = torch.arange(model.N, device=tokens.device).repeat(len(tokens), 1)
+    return visit(drawing, cells, steps_of(model.N, 0), choose, fill)
 
 
-def location_loss(where, order):
-    """Cross-entropy of the order head over free cells: where [B, N, N] logits, order [B, N] -> [B, N] nats per step."""
-    return F.cross_entropy(over_free(where, order).flatten(0, 1), order.flatten(), reduction="none").view(order.shape)
+# --------------------------------------------------
+# 3. The orders of a training set
+
+def mean_ranks(order, captions):
+    """The mean rank [N] of each cell over n training images, order [n, N]: a dict of those of
+    each caption that two or more of them share, and that of all."""
+    rank = rank_of(order).float()
+    rows = {}
+    for i, caption in enumerate(captions):
+        rows.setdefault(caption, []).append(i)
+    shared = {caption: rank[row].mean(0) for caption, row in rows.items() if len(row) > 1}
+    return shared, rank.mean(0)
 
 
-def learn_head(model, tokens, words, order, seed=0, steps=HEAD_STEPS, kind=torch.float32, quiet=False):
-    """A copy of `model` whose order head has learned to choose `order` [n, N] for tokens [n, N], words [n, L]. All else
-    stays as it is: what the head reads is what the any-order model knows already."""
-    torch.manual_seed(seed)
-    device = tokens.device
-    taught = AnyOrder({**model.config, "order_head": True}).requires_grad_(False).to(device)
-    taught.load_state_dict(model.state_dict(), strict=False)
-    taught.where.requires_grad_(True)
-    optimizer = torch.optim.AdamW(taught.where.parameters(), weight_decay=0.05)
-    for step in tqdm(range(steps), desc="order head", unit="step", disable=quiet, dynamic_ncols=True):
-        pick = torch.tensor(batch_of(step, HEAD_BATCH, len(tokens), seed)).to(device)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            where = taught(tokens[pick], words[pick], order[pick])[1]
-        location_loss(where, order[pick]).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return taught.requires_grad_(False).eval()
+def specialised_orders(captions, caption_rank, mean_rank):
+    """The cells of each caption by their mean rank, or by mean_rank: order [B, N]."""
+    rank = torch.stack([caption_rank.get(caption, mean_rank) for caption in captions])
+    return rank.argsort(dim=1, stable=True)
+
+
+def load_orders(out, data):
+    """out/orders.pt, checked to be of the tokens `data`.
+
+    order [m, N] int64: training images, then those to check on.
+    index [m]: their rows of tokens.pt. caption_rank, mean_rank: see mean_ranks.
+    """
+    path = os.path.join(out, "orders.pt")
+    again = command_line("order_infer.py", "--out", out)
+    file = load(path, "orders", again)
+    if file["made_from"]["tokens"] != data["fingerprint"]:
+        raise UserError(f"{printable(path)} was made from another tokens.pt: run {again}")
+    return {**file, "order": file["order"].long()}
 
 
 def rank_correlation(a, b):
-    """Spearman's rho of ranks a and b [B, N], mean over B: 1 same order, 0 unrelated, -1 reversed.
+    """Spearman's rho of ranks [B, N], mean over B: 1 same order, 0 unrelated, -1 reversed.
     For [0, 1, 2] and [0, 2, 1]: 1 - 6 * (0 + 1 + 1) / (3 * 8) = 0.5."""
     N = a.shape[1]
-    return (1 - 6 * (a - b).double().square().sum(1) / (N * (N * N - 1))).mean().item()
+    # some devices have no float64
+    squares = (a - b).cpu().double().square().sum(1)
+    return (1 - 6 * squares / (N * (N * N - 1))).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
+# --------------------------------------------------
+# 4. Pictures, batches, main (skip this on a first reading)
 
 def colour_map(value):
-    """value [...] in 0..1 -> uint8 RGB [..., 3], dark blue (first) over red to bright yellow (last)."""
-    stops = torch.tensor([[13, 8, 80], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]]).float()
-    place = value.float().clamp(0, 1) * (len(stops) - 1)
-    low = place.floor().long().clamp_max(len(stops) - 2)
-    return torch.lerp(stops[low], stops[low + 1], (place - low)[..., None]).round().to(torch.uint8)
+    """value [...] in 0..1 -> uint8 RGB [..., 3]: dark blue (first), red, bright yellow (last)."""
+    stops = torch.tensor([[13., 8, 80], [126, 3, 168], [204, 71, 120], [248, 149, 64],
+                          [240, 249, 33]])
+    place = value.float().clamp(0, 1) * 4
+    low = place.long().clamp_max(3)
+    return torch.lerp(stops[low], stops[low + 1], (place - low)[..., None]).round().byte()
+
+
+def grow(value, times):
+    """[..., H, W] -> [..., H * times, W * times] by repetition."""
+    return value.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 def order_maps(rank, rows, cols, size):
-    """rank [n, N] (steps 0..N-1, may be fractional means) -> uint8 pictures [n, 3, size, size * cols / rows]."""
-    colour = colour_map(rank.cpu() / max(1, rows * cols - 1)).view(-1, rows, cols, 3).permute(0, 3, 1, 2)
-    cell = max(1, size // rows)
-    return colour.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
+    """rank [n, N], which may be means -> uint8 pictures [n, 3, size, size * cols / rows]."""
+    colour = colour_map(rank.cpu() / max(1, rows * cols - 1)).view(-1, rows, cols, 3)
+    return grow(colour.permute(0, 3, 1, 2), max(1, size // rows))
 
 
-def unfinished(images, rank, step, rows, cols):
-    """uint8 images [n, 3, H, W] as they look when `step` cells are drawn in rank [n, N]: the rest is grey."""
-    seen = (rank.cpu() < step).view(-1, 1, rows, cols)
-    seen = seen.repeat_interleave(images.shape[2] // rows, 2).repeat_interleave(images.shape[3] // cols, 3)
-    return torch.where(seen, images, torch.full_like(images, 128))
+def picture(images, rank, mean_rank, rows, cols):
+    """The mean order, then images [n, 3, H, W]: each with its order of rank [n, N], then a
+    quarter, half, three quarters drawn."""
+    images = torch.cat((torch.full_like(images[:1], 255), images))
+    rank = torch.cat((mean_rank.argsort().argsort()[None], rank))
+    size = images.shape[2]
+    columns = [images, order_maps(rank, rows, cols, size)]
+    for part in (0.25, 0.5, 0.75):
+        drawn = (rank < part * rows * cols).view(-1, 1, rows, cols)
+        columns.append(torch.where(grow(drawn, size // rows), images, 150))     # the rest is grey
+    return sheet(torch.stack(columns, 1).flatten(0, 1), 10, max(1, 96 // size))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Orders of a whole training set
+def images_at_once(model):
+    """The batch whose widest tensor, B x N x max(4D, V), has 32 MB (GPU: 128 MB)."""
+    floats = 2 ** 25 if model.hop.is_cuda else 2 ** 23
+    return max(1, floats // (model.N * max(4 * model.config["width"], model.V)))
 
 
-def caption_ranks(order, caption_index, captions):
-    """Mean rank of each cell over the images with one caption: [captions, N] float32; captions without an image get
-    the mean over all. Its argsort is the caption's *specialised* order."""
-    rank = rank_of(order.long()).float()
-    count = torch.bincount(caption_index, minlength=captions).float()[:, None]
-    total = torch.zeros(captions, rank.shape[1]).index_add_(0, caption_index, rank)
-    return torch.where(count > 0, total / count.clamp_min(1), rank.mean(0, keepdim=True))
+def shared_orders(model, tokens, words, dtype, process=0, world=1, **how):
+    """infer_orders of tokens [n, N], batch by batch: yields orders [b, N] on the CPU.
+
+    The processes share each batch, and each receives all of it.
+    """
+    device, at_once = model.hop.device, images_at_once(model) * world
+    with progress(len(tokens), "orders", "image") as bar:
+        for batch in zip(tokens.split(at_once), words.split(at_once)):
+            share = [x.tensor_split(world)[process].to(device) for x in batch]
+            with autocast(device, dtype):
+                found = [infer_orders(model, *share, **how).cpu()]
+            found = torch.cat(in_turn(found) if world > 1 else found)
+            bar.update(len(found))
+            yield found
 
 
-def load_orders(path, held):
-    """orders.pt as a dict, checked against tokens.pt (`held`): order [m, N] int64, index [m] rows of tokens.pt."""
-    file = load(path, "orders", "python order_infer.py")
-    grid, own = (f"{c.get('rows')}x{c.get('cols')}" for c in (file["config"], held["config"]))
-    if grid != own:
-        raise UserError(f"{path} is for an {grid} grid, tokens.pt has {own}: run python order_infer.py again")
-    if file["made_from"].get("tokens") != held["fingerprint"] or file.get("captions") != held["captions"]:
-        raise UserError(f"{path} was made from another tokens.pt: run python order_infer.py again")
-    try:
-        order, index = file["order"], file["index"] = file["order"].long(), file["index"].long()
-        n, N = len(held["tokens"]), held["tokens"].shape[1]
-        whole = (torch.equal(order.sort(1).values, torch.arange(N).expand(len(index), N))
-                 and 0 <= int(index.min()) <= int(index.max()) < n and bool((held["split"][index] == 0).any())
-                 and len(index.unique()) == len(order) and isinstance(file["made_from"]["model"], str)
-                 and file["caption_rank"].shape == (len(held["captions"]), N) and not file["caption_rank"].isnan().any()
-                 and file["config"]["score"] in SCORES and bool(0 <= file["config"]["distance"] < math.inf))
-    except Exception:
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: run python order_infer.py again")
-    return file
+def parse():
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="",
+                        help="the any-order model (default: OUT/anyorder.pt)")
+    parser.add_argument("--score", choices=SCORES, default="confidence", help="what comes first")
+    parser.add_argument("--distance", type=number(float, 0), default=0.0,
+                        help="pull towards the last cell, nats per grid diagonal")
+    parser.add_argument("--limit", type=number(int, 0), default=4000,
+                        help="orders of the first N training images, 0 for all")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    return parser.parse_args()
 
 
-def check_model(model, path, held):
-    """UserError unless the model knows any order, and was trained on these tokens and captions."""
-    made_from = {**held["made_from"], "tokens": held["fingerprint"]}
-    if {key: model.about["made_from"].get(key) for key in made_from} != made_from:
-        raise UserError(f"{path} was trained on another tokens.pt: run python anyorder.py again")
-    if model.about["order"] == "raster":
-        raise UserError(f"{path} knows raster order only: give a model that knows any, such as anyorder.pt")
+def unfinished(path, settings, resume, again):
+    """The Checkpoint at `path`. UserError if --resume finds none."""
+    checkpoint = Checkpoint(path, settings, resume, again)
+    if resume and not checkpoint.state:
+        raise UserError(f"{printable(path)} does not exist, no run was interrupted: "
+                        f"run {again} without --resume")
+    return checkpoint
 
 
 def main():
-    parser = arguments(__doc__)
-    parser.set_defaults(data=None)
-    parser.add_argument("--model", default="", help="the any-order model (default: OUT/anyorder.pt)")
-    parser.add_argument("--score", choices=SCORES, default="confidence", help="what makes a cell come first")
-    parser.add_argument("--distance", type=float, default=0.0,
-                        help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=int, default=None, help="exact orders for the first N training images, 0 for "
-                                                                "all (default: 4000, with --fast 1000)")
-    parser.add_argument("--fast", action="store_true", help="let a head learn from these and order all others")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted extraction")
-    args = parser.parse_args()
-    args.limit = (1000 if args.fast else 4000) if args.limit is None else args.limit
-    if args.limit < 0 or not 0 <= args.distance < math.inf:
-        raise UserError(f"--limit {args.limit} --distance {args.distance}: both must be at least 0, and finite")
+    args = parse()
     device = pick_device(args.device)
-    rank, world = join(device)
-    held = open_tokens(args.out, args.data)
+    process, world = join(device)
+    writable(args.out)
+    data = open_tokens(args.out, args.data)
+    tokenizer = open_tokenizer(args.out, data)
     path = args.model or os.path.join(args.out, "anyorder.pt")
     model = load_model(path, device)
-    check_model(model, path, held)
-    tokenizer = open_tokenizer(args.out, held)
+    check_model(model, path, data)
+    train_rows, check_rows = split_rows(data, args.limit)
+    index = torch.cat((train_rows, check_rows))
+    captions = [data["captions"][i] for i in data["caption_index"][index].tolist()]
+    tokens, words = data["tokens"][index], model.read(captions)
 
-    train, check = (held["split"] == 0).nonzero()[:, 0], (held["split"] == 1).nonzero()[:512, 0]
-    index = torch.cat((train[:args.limit or None], check))
-    exact, known = len(index), len(index) - len(check)                     # exact orders; those of training images
-    if args.fast:
-        if known == len(train):
-            raise UserError(f"--fast --limit {args.limit}: no image of {len(train):,} is left for the head, leave out "
-                            f"--fast or give a smaller limit, such as {max(1, len(train) // 8)}")
-        index = torch.cat((index, train[known:]))
-    target, partial = (os.path.join(args.out, name) for name in ("orders.pt", "orders_resume.pt"))
-    N = model.N
-    about = {"config": {"rows": model.config["rows"], "cols": model.config["cols"], "score": args.score,
-                        "distance": args.distance, "limit": args.limit, "fast": args.fast, "seed": args.seed},
-             "made_from": {**model.about["made_from"], "model": fingerprint(model.state_dict())}}
-    order, done, seconds, head = (torch.empty(len(index), N, dtype=torch.uint8 if N <= 256 else torch.int32),
-                                  0, 0.0, None)
-    kind, *_ = in_turn([precision(device)])                                # of all processes what the first one finds
-    if args.resume:
-        file = load(partial, "unfinished", "python order_infer.py without --resume")
-        if {key: file[key] for key in about} != about:
-            raise UserError(f"{partial} was begun with other settings or another model: leave out --resume")
-        order, done, seconds, head = file["order"], file["done"], file["seconds"], file["head"]
-        kind = torch.bfloat16 if file["bfloat16"] else torch.float32       # whatever the probe says this time
-    tokens, words = held["tokens"], model.read(held["captions"]).cpu()[held["caption_index"].long()]           # [n, L]
-    if rank == 0 and known < len(train):
-        print(f"orders for {known:,} of {len(train):,} training images: "
-              + ("a head learns from them and orders the others" if args.fast
-                 else "--limit 0 infers them all, --fast estimates"))
-
-    def remember():
-        save(partial, {"kind": "unfinished", "version": 1, **about, "order": order, "done": done, "seconds": seconds,
-                       "head": head, "bfloat16": kind == torch.bfloat16})
-
-    at_once, stop, saved, pupil = images_at_once(model), on_interrupt(), time.time(), None
-    with tqdm(total=len(index), initial=done, desc="orders", unit="image", disable=rank > 0, dynamic_ncols=True) as bar:
-        while done < len(index):
-            start = time.time()
-            if done >= exact and pupil is None:
-                if rank == 0:
-                    remember()                         # to learn takes a minute
-                some = index[:known]
-                pupil = learn_head(model, tokens[some].to(device), words[some].to(device),
-                                   order[:known].long().to(device), args.seed,
-                                   0 if head else HEAD_STEPS, kind, rank > 0)
-                if head:                               # it had learned before the interruption
-                    pupil.where.load_state_dict(head)
-                head = pupil.where.state_dict()
-            rows = index[done:min(done + at_once * world, exact if done < exact else len(index))]
-            found = shared_orders(model if done < exact else pupil, tokens[rows], words[rows], kind, rank, world,
-                                  score=args.score, distance=args.distance, headed=done >= exact)
-            order[done:done + len(rows)] = found.to(order.dtype)
-            done, seconds = done + len(rows), seconds + time.time() - start
-            bar.update(len(rows))
-            leave = interrupted(stop, device)
-            if rank == 0 and (leave or time.time() - saved > SAVE_EVERY):
-                remember()
-                saved = time.time()
-            if leave:
-                bar.close()
-                print(f"stopped after {done:,} images: the same command with --resume goes on from {partial}")
-                raise KeyboardInterrupt
-    if rank:
+    rows, cols = model.config["rows"], model.config["cols"]
+    how = {"score": args.score, "distance": args.distance}
+    config = {"rows": rows, "cols": cols, **how, "limit": args.limit, "seed": args.seed}
+    made_from = {**model.about["made_from"], "model": fingerprint(model.state_dict())}
+    name = os.path.join(args.out, "orders")
+    again = command_line("order_infer.py", "--out", args.out)
+    settings = {**config, **made_from}
+    checkpoint = unfinished(name + "_resume.pt", settings, args.resume, again)
+    nothing = torch.empty(0, model.N, dtype=torch.int16)
+    state = checkpoint.state or {**new_state(device), "order": nothing}
+    dtype = torch.bfloat16 if state["bfloat16"] else torch.float32
+    every = int((data["split"] == 0).sum())
+    print(f"orders for {len(train_rows):,} of {every:,} training images (--limit)")
+    start, done = time.time() - state["seconds"], len(state["order"])
+    for found in shared_orders(model, tokens[done:], words[done:], dtype, process, world, **how):
+        state["order"] = torch.cat((state["order"], found.short()))
+        state["seconds"] = time.time() - start
+        checkpoint.after_step(lambda: state, len(state["order"]))
+    if process:
         return
-    if pupil and len(check):                           # the head never saw these
-        guess = shared_orders(pupil, tokens[check], words[check], kind, headed=True)
-        agree = rank_correlation(rank_of(guess), rank_of(order[known:exact].long()))
-        print(f"the head's orders of {len(check)} validation images correlate by {agree:.3f} with the exact ones")
-    captions = held["caption_index"][index].long()
-    caption_rank = caption_ranks(order, captions, len(held["captions"]))
-    save(target, {"kind": "orders", "version": 1, **about, "order": order, "index": index, "caption_rank": caption_rank,
-                  "captions": held["captions"], "seconds": seconds, "exact": exact})
-    if os.path.exists(partial):
-        os.remove(partial)
 
-    # the picture: the mean order large, then images, their orders,
-    # and what is there after a quarter, half, three quarters
-    grid, size = (model.config["rows"], model.config["cols"]), held["config"]["size"]
-    ranks = rank_of(order.long())
-    shown = torch.randperm(len(index), generator=seeded(args.seed))[:12]
-    images = to_uint8(tokenizer.decode(held["tokens"][index[shown]]))
-    mean = ranks.float().mean(0)
-    columns = [images, order_maps(ranks[shown], *grid, size)] + [
-        unfinished(images, ranks[shown], N * q // 4, *grid) for q in (1, 2, 3)]
-    columns[0][0], columns[1][0] = 255, order_maps(mean.argsort().argsort()[None], *grid, size)[0]
-    for column in columns[2:]:
-        column[0] = 255
-    save_picture(os.path.join(args.out, "orders.png"),
-                 sheet(torch.stack(columns, 1).flatten(0, 1), 10, scale=max(1, 96 // size)))
+    order, n = state["order"].long(), len(train_rows)
+    caption_rank, mean_rank = mean_ranks(order[:n], captions[:n])
+    save(name + ".pt", {
+        "kind": "orders",
+        "config": config,
+        "made_from": made_from,
+        "order": state["order"],
+        "index": index,
+        "caption_rank": caption_rank,
+        "mean_rank": mean_rank,
+        "seconds": state["seconds"]})
+    checkpoint.done()
+    shown = torch.randperm(len(index), generator=seeded(args.seed))[:11]
+    images = to_uint8(tokenizer.decode(tokens[shown]))
+    save_picture(name + ".png", picture(images, rank_of(order[shown]), mean_rank, rows, cols))
     print("mean rank of each cell (0 is first):")
-    print("\n".join(" ".join(f"{value:5.1f}" for value in row) for row in mean.view(grid).tolist()))
-    print(f"{target}: {len(index):,} orders, {seconds:.0f} s, {len(index) / max(seconds, 1e-9):.0f} images/s\n"
-          f"{args.out}/orders.png: the mean order, then images with their own order (dark first)\n"
-          f"next: python finetune.py --out {args.out}")
+    for row in mean_rank.view(rows, cols).tolist():
+        print(" ".join(f"{value:5.1f}" for value in row))
+    print(f"{printable(name)}.pt: {len(index):,} orders, {state['seconds']:.0f} s\n"
+          f"{printable(name)}.png: the mean order, then images with their own (dark first), "
+          "a quarter, half, three quarters drawn\n"
+          "next: " + command_line("finetune.py", "--out", args.out))
 
 
 if __name__ == "__main__":

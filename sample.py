@@ -1,29 +1,29 @@
-"""The idea: drawing is a loop of two questions, where next? and what is there?
+"""The idea: drawing is a loop of two questions: where next? and what is there?
 
     until all cells are drawn:
-        cell  ~ where      raster | random | a given order | inferred (every free cell is tried) | learned (order head)
-                           | frozen (inferred, but by the any-order model: the policy that finetuning began with)
-        token ~ p(x_cell | caption, what was drawn, cell)
+        cell  ~ where     raster | random | class | inferred | learned
+        token ~ p(x_cell | caption, all that is drawn, cell)
 
-All models and all orders go through this one loop (`generate`); only the first line differs. Cells whose content is
-given are asked for first and keep it: completing, editing and extending an image is the same loop with a head start.
-Pixels outside the mask come back bit for bit: the kept pixels are laid on top of the decoded cells, and the seam is
-hidden inside the mask only (`compose`). What lies under the mask is never read.
+`order_infer.visit` is this loop. `generate` gives it two functions: `choose`
+answers the first question, `fill` the second. Given cells are visited first
+and keep their content. So completing, editing and extending an image is the
+same loop with a head start.
 
-reads    a model (out/ordered.pt, out/anyorder.pt or out/raster.pt) and out/tokenizer.pt
-writes   out/samples.png (or completed, extended), the same with _order (dark first, grey was given), and a .gif: images
-         draw themselves; small squares are free cells, the brighter the sooner, and the framed one comes next
-run      python sample.py --caption "low red sun on the left two clouds"    8 s; with --why 20 a still of step 20
-         python sample.py --complete photo.png --mask right                 eight ways to go on
-         python sample.py --complete photo.png --mask hat.png --caption sun a sun where hat.png is white
-         python sample.py --complete photo.png --extend 3x1                 what is left and right of it
-         python sample.py --likelihood photo.png                            its nats per token in three orders
-         python sample.py --n 1000 --each out/images                        each also as a file of its own
-not here training, quality figures (evaluate.py)
+reads    a model (out/ordered.pt, anyorder.pt or raster.pt), out/tokenizer.pt
+writes   out/samples/00000.png ..., and metadata.csv with their captions: a
+         folder for --data. out/samples.png (the first 64), samples_order.png
+         (dark first) and samples.gif (images draw themselves). --complete
+         calls them completed or extended
+run      python sample.py --caption "low red sun no clouds"     about 10 s
+         python sample.py --complete a.png --mask right         its right half
+         python sample.py --complete a.png --mask hat.png       where it is white
+         python sample.py --complete a.png --mask 3x1           left and right of it
+you see  squares in the GIF are free cells: bright ones are likely to come next
+not here training, quality measures (evaluate.py)
 """
 
 import csv
-import io
+import itertools
 import math
 import os
 import re
@@ -31,491 +31,540 @@ import textwrap
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from anyorder import Drawing, in_turn, join, load_model, one_of, random_order, rank_of, raster_order
-from data import (UserError, arguments, fingerprint, one_line, pick_device, printable, read_image, replacing, run,
-                  save_picture, sheet, square, to_float, to_uint8, words_of)
-from order_infer import (best_apart, colour_map, crowding, infer_orders, location_scores, order_maps, step_lengths,
-                         steps_of, without)
-from tokenizer import load_tokenizer, seeded
+from anyorder import FIXED_ORDERS, Drawing, load_model, one_of
+from data import (UserError, arguments, fingerprint, in_turn, join, number, one_line,
+                  pick_device, printable, progress, read_image, replacing, run,
+                  save_picture, seeded, sheet, square, to_float, to_uint8, writable)
+from order_infer import (colour_map, location_scores, specialised_orders, step_lengths,
+                         steps_of, visit)
+from tokenizer import load_tokenizer
 
-ORDERS = ("raster", "random", "inferred", "class", "learned", "sampled")
-TILE = 128          # pixels: an image of the trained size is shown about so large
+ORDERS = (*FIXED_ORDERS, "inferred", "class", "learned")
 BATCH = 32          # images drawn at once
+SHEET = 64          # images on a sheet
+SHOWN = 128         # pixels of an image's side on a sheet
+MASKS = "left, right, top, bottom, center, random:0.5, 3x1 or an image file"
 
 
-def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [B, V] -> probabilities [B, V]: temperature (0 is argmax, as is what would make logits infinite), then the
-    top_k likeliest tokens (0: all), then the fewest tokens whose probabilities reach top_p (nucleus sampling, Holtzman
-    et al. 2020)."""
-    if temperature < 1e-6:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    if not top_k and top_p >= 1:                       # nothing to cut, nothing to sort
-        return (logits.float() / temperature).softmax(-1)
-    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    cut = p.cumsum(-1) - p >= top_p                    # subtle: the token that crosses top_p stays
-    if top_k:
-        cut[:, top_k:] = True
-    cut[:, 0] = False
-    p = p.masked_fill(cut, 0)
-    return torch.zeros_like(p).scatter_(1, token, p / p.sum(-1, keepdim=True))
-
-
-def caption_orders(model, captions):
-    """The specialised order of each caption: the mean rank of the orders inferred for its training images, [B, N]."""
-    if "caption_rank" not in model.about:
-        raise UserError("this model knows no order per caption: run python order_infer.py and python finetune.py first")
-    rank = model.about["caption_rank"]
-    known = {tuple(words_of(caption)): i for i, caption in enumerate(model.about["captions"])}
-    asked = [known.get(tuple(words_of(caption))) for caption in captions]
-    return torch.stack([rank.mean(0) if i is None else rank[i] for i in asked]).argsort(1)
-
-
-def frozen_policy(model, path, open_model):
-    """The any-order model from which the model of file `path` was finetuned: anyorder.pt beside it. It has inferred the
-    orders that this one was finetuned on, and goes on choosing them as it did then. UserError where it is another.
-    `open_model` loads a model file."""
-    teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
-    policy = open_model(teacher)
-    if fingerprint(policy.state_dict()) != model.about["made_from"].get("model"):
-        raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}: it knows no frozen order, "
-                        "choose another")
-    return policy
-
+# -------------------------------------------------------------------------------------------------
+# 1. Generate
 
 @torch.inference_mode()
-def generate(model, captions, order="inferred", score="confidence", distance=0.0, policy=None, parallel=0,
-             temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, given=None, keep=None, generator=None, watch=None):
-    """Draws one image per caption: (tokens [B, N] int64, order [B, N] int64).
+def generate(model, captions, order="inferred", score="confidence", distance=0.0,
+             policy=None, steps=0, temperature=1.0, guidance=1.0, given=None, keep=None,
+             generator=None, watch=None):
+    """Draws an image for each of B captions: (tokens [B, N], order [B, N]), int64.
 
-    captions   B strings
-    order      "raster", "random", "inferred", "class", "learned" (the order head's likeliest cell), "sampled" (a cell
-               by the head's probabilities), or a visit list [B, N]
-    score, distance    how "inferred" chooses, see order_infer.location_scores
-    policy     another model that chooses the inferred locations (say, the any-order model that the orders came from)
-    parallel   draw in so many steps, several cells in each (0: one by one). Cells of one step do not see each other
-    guidance   classifier-free guidance: logits = without + guidance * (with - without caption); 1 is none (Ho 2022).
-               A pair (a, b) goes from a where no cell is drawn to b at the last, linearly in the share of drawn or
-               kept cells
-    given, keep        tokens [B, N] and bool [N]: kept cells are entered first, in the asked order, and never drawn. (A
-               model of raster.pt has never seen a cell before the one to its left: it gets them in their turn)
-    generator  of torch, on the model's device; makes it repeatable
-    watch      a list that receives, for each cell, (free cells [B, C], their scores [B, C] in nats) where the order has
-               scores: "inferred" those of location_scores, else the order head's log-probabilities
+    order        one of ORDERS, or visit lists [B, N]
+    score, distance     of an inferred order, see order_infer.location_scores
+    policy       the model that chooses the cells of an inferred order, if not `model`
+    steps        cells of one step do not see each other; 0 draws one cell a step
+    temperature  divides the logits; 0 takes the likeliest token
+    guidance     see Guided; 1 is none
+    given, keep  tokens [B, N], bool [N]: kept cells come first and keep their content
+    generator    dice, on the model's device
+    watch        a list that gets (free cells [B, C], scores [B, C] in nats) at each step of
+                 an inferred or learned order
     """
-    B, N, device = len(captions), model.N, model.hop.device
-    generator = generator or torch.Generator(device).manual_seed(0)
-    words = model.read(captions)
-    first, last = guidance if isinstance(guidance, tuple) else (guidance, guidance)
-    if (first, last) != (1, 1) and words.any():
-        words = torch.cat((words, torch.zeros_like(words)))                # the second half has no caption
-        if order == "inferred" and score != "likelihood":
-            policy = policy or model                                       # so that only the told half tries every cell
-    drawing, copies = Drawing(model, words), len(words) // B
-    every = lambda x: x.expand(copies, *x.shape).flatten(0, 1)             # [B, n] for both halves: [2 B, n]
-    chooser = Drawing(policy, policy.read(captions)) if policy is not None else None
-    fixed, order = (order, "given") if isinstance(order, torch.Tensor) else (None, order)      # the visit list, if any
-    if order not in (*ORDERS, "given"):
-        raise UserError(f"order {order!r} is not known: choose one of {', '.join(ORDERS)}")
-    headed = order in ("learned", "sampled")
-    if headed and not model.config["order_head"]:
-        raise UserError(f"this model has no order head, order {order!r} needs one: run python finetune.py first")
-    fixed = (raster_order(B, N) if order == "raster" else
-             torch.rand(B, N, generator=generator, device=device).argsort(1) if order == "random" else
-             caption_orders(model, captions) if order == "class" else fixed)
-    cells = (raster_order(B, N) if fixed is None else fixed).to(device)
-    keep = torch.zeros(N, dtype=torch.bool) if keep is None else keep
-    keep, head = keep.to(device), 0
-    only_raster = getattr(model, "about", {}).get("order") == "raster" and not model.config["order_head"]
-    if order != "raster" or not only_raster:
-        cells = cells.gather(1, (~keep)[cells].int().argsort(dim=1, stable=True))          # kept ones first
-        head = int(keep.sum())                                             # so many steps draw nothing new
-    lengths, crowd = step_lengths(model).to(device), crowding(model).to(device)
-    tokens = torch.zeros(B, N, dtype=torch.long, device=device) if given is None else given.clone().to(device)
-    visited, k = [], 0
-    for n in [1] * head + steps_of(N - head, parallel):
-        if k in (0, head):
-            pool = cells[:, :head] if k < head else cells[:, head:]        # [B, C], n cells fewer each step
-        logits = content = None
-        strength = first + (last - first) * k / max(1, N - 1)
-        if headed:
-            value = drawing.next_location()[:B].gather(1, pool).log_softmax(1)
-        elif order == "inferred":                                          # try every cell of the pool
-            if chooser is None or score == "likelihood":
-                logits = drawing.look(every(pool))
-            tried = logits if chooser is None else chooser.look(pool)
-            if score == "likelihood":                                      # draw everywhere, keep the likeliest
-                p = filtered(guided(logits, B, strength).flatten(0, 1), temperature, top_k, top_p)
-                content = one_of(p, generator).view(pool.shape)
-                content = content if k >= head else tokens.gather(1, pool)
-            value = location_scores(tried[:B], score, model.frequency, content)
-            value = value - distance * lengths[drawing.cell[:B, -1:], pool]
-        else:                                                              # the earlier in the visit list, the better
-            value = -torch.arange(pool.shape[1], device=device).expand(B, -1)
-        if watch is not None and (headed or order == "inferred"):
-            watch += [(pool.cpu(), value.float().cpu())] * n
-        if order == "sampled":                                             # Gumbel noise makes the best one a fair draw
-            value = value - torch.empty(value.shape, device=device).exponential_(generator=generator).log()
-        choice = best_apart(value, pool, n, crowd)                         # [B, n]
-        cell, at = pool.gather(1, choice), choice                          # [B, n]
-        if logits is None:                                                 # the locations are known: look there only
-            logits = drawing.look(every(cell), together=True)
-            at = torch.arange(n, device=device).expand(B, n)
-        at = every(at)
-        if k < head:
-            token = tokens.gather(1, cell)
-        elif content is not None:
-            token = content.gather(1, choice)
-        else:
-            here = guided(logits.gather(1, at[..., None].expand(-1, -1, model.V)), B, strength)        # [B, n, V]
-            p = filtered(here.flatten(0, 1), temperature, top_k, top_p)
-            token = one_of(p, generator).view(B, n)
-        token = torch.where(keep[cell], tokens.gather(1, cell), token)
+    device = model.hop.device
+    if generator is None:
+        generator = torch.Generator(device).manual_seed(0)
+    cells = visit_list(model, captions, order, generator)  # [B, N]
+    if keep is None:
+        given, keep = torch.zeros_like(cells), torch.zeros(model.N).bool()
+    tokens = given.to(cells, copy=True)
+    keep = keep.to(device)
+    drawing, chooser = drawings(model, policy, captions, order, guidance)
+    choose = where_next(order, drawing, chooser, score, distance, watch)
+
+    def fill(cell, logits):
+        token = tokens.gather(1, cell)  # [B, n]
+        if not keep[cell].all():
+            # temperature 0 must not divide by it
+            p = (logits.float() / max(temperature, 1e-9)).softmax(-1)  # [B, n, V]
+            new = one_of(p.flatten(0, 1), generator).view(cell.shape)
+            token = torch.where(keep[cell], token, new)
         tokens.scatter_(1, cell, token)
-        drawing.place(at, every(token))
-        if chooser is not None:
-            chooser.place(choice, token)
-        visited.append(cell)
-        pool, k = without(pool, choice), k + n
+        if chooser is not drawing:
+            # place takes positions in the list of cells that it looked at
+            position = (chooser.cells[:, None] == cell[..., None]).int().argmax(2)  # [B, n]
+            chooser.place(position, token)
+        return token
+
+    first = keep[cells]  # [B, N]
+    if known_orders(model) == [order]:
+        # Trained in one order, it never saw a later cell first: kept cells wait for their turn.
+        first = torch.zeros_like(first)
+    visited = []
+    for part, how_many in ((first, 0), (~first, steps)):
+        if part.any():
+            free = cells[part].view(len(cells), -1)
+            sizes = steps_of(free.shape[1], how_many)
+            visited.append(visit(drawing, free, sizes, choose, fill))
     return tokens, torch.cat(visited, 1)
 
 
-def guided(logits, B, guidance):
-    """logits [B or 2B, C, V] -> [B, C, V]; the second half, where there is one, was asked without a caption."""
-    if len(logits) == B:
-        return logits
-    told, free = logits.float().chunk(2)
-    return free + guidance * (told - free)
+def visit_list(model, captions, order, generator):
+    """All cells [B, N] in the sequence of the order, if that is known before drawing."""
+    device = model.hop.device
+    if isinstance(order, torch.Tensor):
+        return order.to(device)
+    check_order(model, "this model", order)
+    if order == "class":
+        ranks = (model.about[name] for name in ("caption_rank", "mean_rank"))
+        return specialised_orders(captions, *ranks).to(device)
+    if device.type != "cpu":  # FIXED_ORDERS take dice of the CPU
+        seed = torch.randint(2 ** 31, (1,), generator=generator, device=device)
+        generator = torch.Generator().manual_seed(seed.item())
+    make = FIXED_ORDERS.get(order, FIXED_ORDERS["raster"])
+    return make(len(captions), model.N, generator, model.config["cols"]).to(device)
 
+
+def drawings(model, policy, captions, order, guidance):
+    """A Drawing for the content, and one that chooses the cells. They may be the same."""
+    words = model.read(captions)
+    drawing = Drawing(model, words)
+    if guidance != 1 and words.any():
+        drawing = Guided(model, words, guidance)
+        # The choice ignores guidance: an unguided Drawing of the same model makes it.
+        policy = policy or model
+    if policy is None or order != "inferred":
+        return drawing, drawing
+    return drawing, Drawing(policy, policy.read(captions))
+
+
+def where_next(order, drawing, chooser, score, distance, watch):
+    """The function `choose` of order_infer.visit."""
+    lengths = step_lengths(drawing.model).to(drawing.model.hop.device)
+
+    def choose(free):
+        logits = None
+        if order == "learned":
+            value = drawing.next_location().gather(1, free).float().log_softmax(1)
+        elif order == "inferred":
+            logits = chooser.look(free)
+            value = location_scores(logits, score, chooser.model.frequency)
+            value = value - distance * lengths[chooser.cell, free]
+        else:
+            # a fixed order has no scores: with value = -position, its first cells come first
+            return -torch.arange(free.shape[1], device=free.device).expand_as(free), None
+        if watch is not None:
+            watch.append((free.cpu(), value.cpu()))
+        return value, logits if chooser is drawing else None
+
+    return choose
+
+
+class Guided:
+    """A Drawing with classifier-free guidance (Ho and Salimans 2022). To its user it has
+    B images. Inside there are 2 B: the second half has no caption.
+
+        logits = without caption + guidance * (with caption - without caption)
+    """
+
+    def __init__(self, model, words, guidance):
+        self.model = model
+        self.guidance = guidance
+        self.both = Drawing(model, torch.cat((words, torch.zeros_like(words))))
+
+    def look(self, cells):
+        captioned, plain = self.both.look(cells.repeat(2, 1)).float().chunk(2)
+        return plain + self.guidance * (captioned - plain)
+
+    def place(self, choice, token):
+        self.both.place(choice.repeat(2, 1), token.repeat(2, 1))
+
+    def next_location(self):
+        return self.both.next_location().chunk(2)[0]
+
+
+def known_orders(model):
+    """The orders that this model can draw in. Trained in one order, it knows no other."""
+    about = getattr(model, "about", {})
+    known = [*FIXED_ORDERS, "inferred"]
+    if "caption_rank" in about:
+        known.append("class")
+    if model.config["order_head"]:
+        known.append("learned")
+    elif about.get("order", "random") != "random":
+        known = [about["order"]]
+    return known
+
+
+def check_order(model, path, order):
+    """UserError for an order that the model of file `path` does not know."""
+    known = known_orders(model)
+    if order not in known:
+        raise UserError(
+            f"{printable(path)} knows {', '.join(known)} order only: choose one of them, or run "
+            "python finetune.py for an order head (learned) and orders of captions (class)")
+
+
+def frozen_policy(model, path, open_model):
+    """The any-order model that inferred the orders for finetuning: anyorder.pt beside the
+    file `path` of the finetuned model. `open_model` loads it. UserError if it is another."""
+    teacher = os.path.join(os.path.dirname(path), "anyorder.pt")
+    policy = open_model(teacher)
+    if fingerprint(policy.state_dict()) != model.about["made_from"].get("model"):
+        raise UserError(f"{printable(path)} was not finetuned from {printable(teacher)}, "
+                        "so it has no frozen order: choose another --order")
+    return policy
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. Complete and extend. A canvas of R x C cells may be larger than the model's grid.
 
 def windows(shape, grid):
-    """(top, left) of windows of `grid` cells that cover a canvas of `shape` cells, both (rows, cols): the central one
-    first, then outwards. Neighbours overlap by half. windows((2, 4), (2, 2)) is [(0, 1), (0, 0), (0, 2)]."""
-    middle = [(whole - side) // 2 for whole, side in zip(shape, grid)]
-    starts = [{min(max(m + i * max(1, side // 2), 0), whole - side) for i in range(-whole, whole + 1)}
-              for m, whole, side in zip(middle, shape, grid)]
-    return sorted(((top, left) for top in starts[0] for left in starts[1]), key=lambda at: (math.dist(at, middle), at))
+    """(top, left) of windows of `grid` cells that cover a canvas of `shape` cells, the
+    central one first, then outwards. Neighbours overlap by half.
+    windows((2, 4), (2, 2)) is [(0, 1), (0, 0), (0, 2)]."""
+    middle, starts = [], []
+    for whole, side in zip(shape, grid):
+        center = (whole - side) // 2
+        half = max(1, side // 2)
+        middle.append(center)
+        starts.append({0, *range(center % half, whole - side, half), whole - side})
+    corners = itertools.product(*starts)
+    return sorted(corners, key=lambda corner: (math.dist(corner, middle), corner))
 
 
-def fill(model, captions, tokens, known, generator, **how):
-    """Draws the F unknown cells of a canvas, window by window: each is one `generate`, given what is known in it. A
-    window sees nothing outside: what the model always saw at the bottom, it draws at the bottom of each window.
+def complete(model, captions, tokens, known, generator, **how):
+    """Draws the unknown cells of a canvas, window by window; a window sees nothing outside.
 
-    tokens [B, R * C] int64, known bool [R, C] -> (tokens [B, R * C], order [B, F] of the cells that were drawn, and,
-    where the order has scores, a list of (free cells of the window [B, c], their scores [B, c]), one for each step)
+    tokens [B, R * C] int64, known bool [R, C] -> tokens [B, R * C]; rank [B, R * C], -1 if
+    the cell was known; for each rank (cells, scores), as `watch` of `generate` has them
     """
-    (R, C), rows, cols = known.shape, model.config["rows"], model.config["cols"]
-    tokens, done, order, scores = tokens.clone(), known.flatten().clone(), [tokens[:, :0].cpu()], []
-    for top, left in windows((R, C), (rows, cols)):
-        cells = torch.arange(R * C).view(R, C)[top:top + rows, left:left + cols].flatten()
-        given, watch = int(done[cells].sum()), []
-        if given < len(cells):
-            tokens[:, cells], visited = generate(model, captions, given=tokens[:, cells], keep=done[cells],
-                                                 generator=generator, watch=watch, **how)
-            order.append(cells[visited[~done[cells][visited.cpu()]].view(len(visited), -1).cpu()])
-            scores += [(cells[pool], value) for pool, value in watch[given:]]
-            done[cells] = True
-    return tokens, torch.cat(order, 1), scores
+    grid = model.config["rows"], model.config["cols"]
+    numbers = torch.arange(known.numel()).view(known.shape)
+    known = known.flatten()
+    tokens = tokens.clone()
+    rank = torch.full(tokens.shape, -1)
+    scores = []
+    for top, left in windows(numbers.shape, grid):
+        cells = numbers[top:top + grid[0], left:left + grid[1]].flatten()
+        keep = known[cells]
+        if keep.all():
+            continue
+        watch = []
+        tokens[:, cells], order = generate(model, captions, given=tokens[:, cells], keep=keep,
+                                           generator=generator, watch=watch, **how)
+        order = order.cpu()
+        drawn = cells[order[~keep[order]].view(len(order), -1)]  # [B, n]
+        steps = torch.arange(drawn.shape[1]) + rank.max() + 1
+        rank.scatter_(1, drawn, steps.expand_as(drawn))
+        sizes = steps_of(drawn.shape[1], how.get("steps", 0))
+        for n, (free, value) in zip(sizes, watch[int(keep.sum()):]):  # kept cells came first
+            scores += [(cells[free], value)] * n
+        known = known.index_fill(0, cells, True)
+    return tokens, rank, scores
 
 
-def decode(tokenizer, tokens, shape):
-    """tokens [B, R * C] -> images float [B, 3, H, W] in [-1, 1] on the CPU. Each window is decoded by itself; where
-    windows overlap they fade into each other."""
-    (R, C), rows, cols, side = shape, tokenizer.rows, tokenizer.cols, tokenizer.config["size"] // tokenizer.rows
-    total, weight = torch.zeros(len(tokens), 3, R * side, C * side), torch.zeros(R * side, C * side)
-    up, across = (torch.minimum(i, i.flip(0)).float() for i in (torch.arange(1, n * side + 1) for n in (rows, cols)))
-    for top, left in windows(shape, (rows, cols)):
-        part = tokens.view(-1, R, C)[:, top:top + rows, left:left + cols].flatten(1)
-        area = slice(top * side, (top + rows) * side), slice(left * side, (left + cols) * side)
-        total[:, :, *area] += torch.cat([tokenizer.decode(t).cpu() for t in part.split(BATCH)]) * up[:, None] * across
-        weight[area] += up[:, None] * across
-    return total / weight
-
-
-def spread(value, known, reach):
-    """What the known pixels say about every pixel: the mean of `value` [B, 3, H, W] over `known` [H, W], with weights
-    exp(-(|dx| + |dy|) / reach); and the share of the weight that is known [H, W] (about 1/2 along a straight edge)."""
-    down, across = (torch.exp((torch.arange(n)[:, None] - torch.arange(n)).abs() / -reach) for n in known.shape)
-    weight = down @ known.float() @ across
-    return down @ (value * known) @ across / weight.clamp_min(1e-30), weight / (down.sum(1)[:, None] * across.sum(1))
+def spread(value, known, reach, least=1e-30):
+    """The mean of value [B, 3, H, W] over the known pixels [H, W] around each pixel,
+    weighted by exp(-(|dx| + |dy|) / reach). It fades to 0 where the known ones have less
+    than the share `least` of all weights."""
+    y, x = (torch.arange(n) for n in known.shape)
+    down, across = ((-(i[:, None] - i).abs() / reach).softmax(1) for i in (y, x))
+    share = down @ known.float() @ across.mT
+    return down @ (value * known) @ across.mT / share.clamp_min(least)
 
 
 def compose(drawn, picture, hidden, reach):
-    """drawn float [B, 3, H, W], picture uint8 [3, H, W] -> uint8 [B, 3, H, W]: the picture where not `hidden` [H, W],
-    bit for bit. Where hidden, the drawing, shifted in colour to meet the picture at the edge of the mask: by how much
-    the two differ at the kept pixels nearby, fading by a factor e every `reach` pixels away from the edge."""
-    shift, share = spread(to_float(picture) - drawn, ~hidden, reach)
-    return torch.where(hidden, to_uint8(drawn + shift * (2 * share).clamp(max=1)), picture)
+    """drawn float [B, 3, H, W], picture uint8 [3, H, W] -> uint8 [B, 3, H, W].
+
+    Outside `hidden` [H, W] it is the picture, bit for bit. Inside it is the drawing; near
+    the edge its colour is shifted to meet the picture.
+    """
+    # at a straight edge half of the weights are known: there the shift is full
+    shift = spread(to_float(picture) - drawn, ~hidden, reach, least=0.5)
+    return torch.where(hidden, to_uint8(drawn + shift), picture)
 
 
-def read_picture(path, expected="an image, such as a .png", over="white"):
-    """uint8 [3, H, W]: an image file as data.py reads it, in its own size; what is transparent lies over a colour."""
+def open_canvas(image, mask, tokenizer, seed):
+    """--complete and --mask -> picture uint8 [3, H, W]; hidden bool [H, W], True where to
+    draw; tokens [R, C]. Without an image all is hidden."""
+    size, rows, cols = tokenizer.config["size"], tokenizer.rows, tokenizer.cols
+    if not image:
+        picture = torch.full((3, size, size), 128).byte()
+        return picture, torch.ones(size, size).bool(), torch.zeros(rows, cols).long()
+    side = size // rows  # pixels of a cell
+    wide = high = 1
+    cells = named_mask(mask, rows, cols, seed)
+    if re.fullmatch("[1-8]x[1-8]", mask):
+        wide, high = int(mask[0]), int(mask[2])
+        cells = torch.zeros(rows, cols).bool()
+    picture, hidden = read_masked(image, mask if cells is None else "", size)
+    if cells is not None:
+        hidden = grow(cells, side)
+    # the encoder must not see hidden pixels: it sees the ones around them instead
+    value = to_float(picture)[None]
+    value = torch.where(hidden, spread(value, ~hidden, side), value)
+    tokens = tokenizer.encode(value.to(tokenizer.codebook.device)).view(rows, cols)
+    # the image is in the middle of wide x high grids
+    across, down = (wide - 1) * cols, (high - 1) * rows
+    around = (across // 2, across - across // 2, down // 2, down - down // 2)
+    pixels = [n * side for n in around]
+    hidden = F.pad(hidden, pixels, value=True)
+    return F.pad(picture, pixels, value=128), hidden, F.pad(tokens, around)
+
+
+def named_mask(name, rows, cols, seed):
+    """The cells [rows, cols] that --mask `name` hides; None if it is not a name. The middle
+    row or column of an odd grid is in no half."""
+    y, x = (torch.arange(1 - n, n, 2) / n for n in (rows, cols))  # -1 to 1, the middle is 0
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    share = re.fullmatch(r"random:(0?\.\d+|[01])", name)
+    if share:
+        shuffled = torch.randperm(rows * cols, generator=seeded(seed, "mask"))
+        return shuffled.view(rows, cols) < round(float(share[1]) * rows * cols)
+    masks = {"left": x < 0, "right": x > 0, "top": y < 0, "bottom": y > 0,
+             "center": torch.maximum(x.abs(), y.abs()) < 0.5}
+    return masks.get(name)
+
+
+def read_masked(path, mask, size):
+    """The central squares of an image file and of a mask file ("": none), resized: uint8
+    [3, size, size] and bool [size, size], True where the mask is white. A resized pixel is
+    the mean of several that are not hidden. If most are hidden, so is the resized one."""
+    picture = read_picture(path, "an image, such as a .png")
+    height, width = picture.shape[1:]
+    hidden = torch.zeros(height, width).bool()
+    if mask:
+        hidden = read_picture(mask, MASKS, over="black").float().mean(0) > 127
+    if hidden.shape != (height, width):
+        raise UserError(f"{printable(mask)} is {hidden.shape[1]}x{hidden.shape[0]}: "
+                        f"give a mask of the image's size, {width}x{height}")
+    if (height, width) != (size, size):
+        print(f"warning: {printable(path)} is {width}x{height}: its central square is resized "
+              f"to {size}x{size}")
+
+    def fit(channels):
+        squares = [square(Image.fromarray(x.numpy()), size) for x in channels.float()]
+        return torch.from_numpy(np.stack(squares))
+
+    share = fit(~hidden[None])  # of each pixel that is seen
+    mean = fit(picture * ~hidden) / share.clamp_min(0.5)
+    picture = torch.where(share < 0.5, fit(picture), mean)
+    return picture.round().clamp(0, 255).byte(), share[0] < 0.5
+
+
+def read_picture(path, expected, over="white"):
+    """An image file in its own size: uint8 [3, H, W], transparent parts over a colour."""
     try:
         return read_image(path, over=over)
-    except Exception as error:                                                 # decoders raise nearly everything
-        why = printable(getattr(error, "strerror", None) or str(error).split(" <")[0])[:80]
-        raise UserError(f"{printable(path)} cannot be read ({why}): expected {expected}") from None
+    except Exception as error:  # decoders raise nearly everything
+        raise UserError(f"{printable(path)} cannot be read ({printable(error)[:80]}): "
+                        f"expected {expected}") from None
 
 
-def read_mask(text, own, size, grid, seed):
-    """--mask -> bool, True where an image of own = (height, width) pixels is to be drawn anew: [size, size] by names,
-    as they mean cells of the grid, [height, width] from a file (black, and what is transparent, is kept)."""
-    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")     # centres of the cells
-    cells = {"left": x < 0.5, "right": x > 0.5, "top": y < 0.5, "bottom": y > 0.5,         # a middle cell is in no half
-             "center": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) < 0.25, "": x < 0}.get(text)
-    if text.startswith("random:"):
-        share, _ = numbers("--mask random:", text[7:], 0, 1)
-        cells = torch.randperm(x.numel(), generator=seeded(seed, "mask")).view(grid) < round(share * x.numel())
-    if cells is not None:
-        return grow(cells, size // grid[0])
-    mask = read_picture(text, "an image, left, right, top, bottom, center or random:0.5", "black")
-    if mask.shape[1:] != own:
-        raise UserError(f"{printable(text)} is {mask.shape[2]}x{mask.shape[1]}, its image {own[1]}x{own[0]}: "
-                        "give both the same size")
-    return mask.float().mean(0) > 127
-
-
-def resized(name, picture, size, mask=None):
-    """The central square of a picture uint8 [3, H, W] and of a mask of read_mask -> ([3, size, size], bool [size,
-    size]); warns if that resizes it. A resized pixel mixes several: where a mask [H, W] hides some of them, it is the
-    mean of the others, and is hidden itself if they are less than half."""
-    fit = lambda x: torch.from_numpy(np.array(square(Image.fromarray(x.numpy()), size)))
-    own, small = picture.shape[1:], torch.stack([fit(channel) for channel in picture])
-    if own == (size, size):
-        return small, mask
-    print(f"warning: {printable(name)} is {own[1]}x{own[0]}: its central square is resized to {size}x{size}")
-    if mask is None or mask.shape == (size, size):
-        return small, mask
-    kept = (~mask).float()
-    weight = fit(kept)
-    mean = torch.stack([fit(channel) for channel in picture * kept]) / weight.clamp_min(0.5)
-    mask = weight < 0.5
-    return torch.where(mask, small, mean.round().clamp(0, 255).to(torch.uint8)), mask
-
+# -------------------------------------------------------------------------------------------------
+# 3. Files, pictures and flags (skip this on a first reading)
 
 def read_captions(texts):
-    """--caption -> list of captions. A name that ends in .txt stands for the lines of that file."""
+    """--caption as a list. A name that ends in .txt stands for the lines of that file."""
     captions = []
     for text in texts:
-        if not text.lower().endswith(".txt"):
-            captions.append(one_line(text))
-            continue
-        lines = []
-        if os.path.isfile(text):                                               # a named pipe might never end
+        if text.lower().endswith(".txt"):
             with open(text, encoding="utf-8-sig", errors="replace") as file:
-                lines = [one_line(line) for line in file if line.strip()]
-        if not lines:
-            raise UserError(f"--caption {printable(text)}: expected a file with one caption a line")
-        captions += lines
+                captions += filter(None, map(one_line, file))
+        else:
+            captions.append(one_line(text))
     return captions
 
 
-def numbers(flag, text, least, most, between=None):
-    """(a, b) from the text "a<between>b", (a, a) from "a"; UserError unless both are numbers in least..most."""
-    found = [float(part) if re.fullmatch(r"\d+\.?\d*|\.\d+", part, re.ASCII) else math.nan
-             for part in text.split(between)]
-    if len(found) not in (1, 2) or not all(least <= value <= most for value in found):
-        raise UserError(f"{flag}{printable(text)}: not a number, or not in {least}..{most}")
-    return found[0], found[-1]
+def fresh_folder(folder, captions):
+    """Removes the images that an earlier run wrote to this folder, and no other files.
+    Writes metadata.csv with a row for each image to come."""
+    writable(folder)
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\d{5,}\.png", name):
+            os.remove(os.path.join(folder, name))
+    path = os.path.join(folder, "metadata.csv")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        names = (f"{i:05d}.png" for i in range(len(captions)))
+        csv.writer(file).writerows((("file_name", "text"), *zip(names, captions)))
 
 
-def grow(value, times):
-    """[..., R, C] -> [..., R * times, C * times] by repetition."""
-    return value.repeat_interleave(times, -2).repeat_interleave(times, -1)
-
-
-def page(path, tiles, labels, columns):
-    """Writes a sheet of tiles [n, 3, H, W] uint8, each with its label below in at most three lines."""
-    font, wide = ImageFont.load_default(12), max(8, tiles.shape[3] // 6)       # letters in a line
-    labels = [textwrap.wrap(label.encode("latin-1", "replace").decode("latin-1"), wide, max_lines=3, placeholder=" ...")
-              for label in labels]
-    gap = 4 + 15 * max(map(len, labels))
-    picture = sheet(tiles, columns, gap=gap)
-    for i, lines in enumerate(labels):
-        corner = gap + i % columns * (tiles.shape[3] + gap), (i // columns + 1) * (tiles.shape[2] + gap)
-        ImageDraw.Draw(picture).multiline_text(corner, "\n".join(lines), "black", font, spacing=2)
+def page(path, images, labels, columns, scale):
+    """Writes a sheet of images uint8 [n, 3, H, W], each with a label of three lines at most.
+    For letters that the font lacks, the number in a label leads to metadata.csv."""
+    height, width = images.shape[2] * scale, images.shape[3] * scale
+    letters = max(8, width // 6)  # in a line
+    labels = [textwrap.fill(text, letters, max_lines=3, placeholder=" ...") for text in labels]
+    gap = 19 + 15 * max(label.count("\n") for label in labels)
+    picture = sheet(images, columns, scale, gap)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for i, label in enumerate(labels):
+        left = gap + i % columns * (width + gap)
+        bottom = (i // columns + 1) * (height + gap)
+        pen.text((left, bottom), label, "black", font, spacing=2)
     save_picture(path, picture)
 
 
-def save_each(folder, images, captions):
-    """Writes each image [3, H, W] uint8 as 00000.png, ..., and the captions as metadata.csv: --data for data.py."""
-    names = [f"{i:05d}.png" for i in range(len(images))]
-    for name, image in zip(names, images):
-        save_picture(os.path.join(folder, name), sheet([image], 1, gap=0))
-    text = io.StringIO()
-    csv.writer(text).writerows([("file_name", "text"), *zip(names, captions)])
-    with replacing(os.path.join(folder, "metadata.csv")) as file:
-        file.write(text.getvalue().encode())
+def thinking(images, rank, scores, step, scale):
+    """uint8 images [n, 3, H, W] after `step` steps, enlarged; rank [n, R, C], -1 where given.
+    Free cells are squares: from dark, the lowest score in the image, to bright, the highest."""
+    n, R, C = rank.shape
+    colour = torch.full((n, 3, R * C), 150, dtype=torch.uint8)  # grey: no scores
+    if step < len(scores):
+        cells, value = (x[:n] for x in scores[step])  # [n, c]
+        low, high = (x[:, None] for x in value.aminmax(dim=1))
+        shade = colour_map(1 - (high - value) / (high - low).clamp_min(1e-9)).mT  # [n, 3, c]
+        colour.scatter_(2, cells[:, None].expand_as(shade), shade)
+    side = scale * images.shape[2] // R  # pixels of a cell
+    gap = side // 6
+    inside = F.pad(torch.ones(side - 2 * gap, side - 2 * gap).byte(), [gap] * 4)
+    squares = grow(colour.view(n, 3, R, C), side) * inside.repeat(R, C)
+    return torch.where(grow(rank[:, None] < step, side), grow(images, scale), squares)
 
 
-def thinking(images, hidden, rank, scores, step, scale):
-    """uint8 images [n, 3, H, W] after `step` steps, enlarged. Free cells are squares, dark for the lowest score in
-    their image to bright for the highest, grey without; the next is framed. rank [n, R, C] is below 0 where given."""
-    colour = torch.full((len(rank), 3, *rank.shape[1:]), 150, dtype=torch.uint8)
-    if 0 <= step < len(scores):
-        cells, value = (part[:len(rank)] for part in scores[step])
-        low, high = value.amin(1, keepdim=True), value.amax(1, keepdim=True)
-        shade = colour_map(1 - (high - value) / (high - low).clamp_min(1e-9)).mT           # [n, 3, c]
-        colour.flatten(2).scatter_(2, cells[:, None].expand_as(shade), shade)
-    side = scale * images.shape[2] // rank.shape[1]                            # of a cell
-    inside = (torch.arange(side) - (side - 1) / 2).abs() < 0.35 * side
-    frame = torch.where(grow(rank[:, None] == step, side), torch.tensor([0, 220, 255]).view(3, 1, 1), 60)
-    square = torch.where((inside[:, None] & inside).repeat(rank.shape[1:]), grow(colour, side), frame)
-    drawn = grow(rank[:, None] < step, side) | ~grow(hidden, scale)
-    return torch.where(drawn, grow(images, scale), square).to(torch.uint8)
+def grow(value, times):
+    """[..., H, W] -> [..., H * times, W * times] by repetition."""
+    return value.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
-def likelihood(model, tokenizer, path, captions, out, seed, how):
-    """Prints the nats per token of an image file in raster, random and inferred order, and draws where they are."""
-    N, (rows, cols), size = model.N, (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
-    picture, tiles, labels = resized(path, read_picture(path), size)[0], [], []
-    tokens = tokenizer.encode(to_float(picture)[None].to(model.hop.device))
-    for caption in captions:
-        print(f"nats per token, caption {caption!r} (who knows nothing has ln({model.V}) = {math.log(model.V):.3f})")
-        tiles += [picture[None], to_uint8(tokenizer.decode(tokens)).cpu()]
-        labels += [caption or "original", "as tokens"]
-        orders = {"raster": raster_order(1, N), "random": random_order(16, N, seeded(seed, "likelihood")),
-                  "inferred": infer_orders(model, tokens, [caption], how["score"], how["distance"])}
-        for name, order in orders.items():
-            order = order.to(tokens.device)
-            by_step = -model.log_probs(tokens.expand_as(order), [caption] * len(order), order)         # [orders, N]
-            nats = torch.empty_like(by_step).scatter_(1, order, by_step).cpu()                         # by cell
-            print(f"  {name:8s} {nats.mean():.3f}" + f" +- {nats.mean(1).std(correction=0):.3f}" * (name == "random"))
-            tiles.append(order_maps(nats.mean(0, keepdim=True) / math.log(model.V) * (N - 1), rows, cols, size))
-            labels.append(f"{name}: {nats.mean():.3f} nats per token")
-        tiles.append(order_maps(rank_of(orders["inferred"]), rows, cols, size))
-        labels.append("inferred order, dark first")
-    page(f"{out}/likelihood.png", grow(torch.cat(tiles), max(1, TILE // size)), labels, 6)
-    print(f"{out}/likelihood.png: in which cells they are (dark 0, bright ln({model.V}) or more)")
+def film(path, images, rank, scores, scale):
+    """Writes a GIF of six seconds: images uint8 [n, 3, H, W] draw themselves."""
+    cells = int(rank.max()) + 1
+    frames = [sheet(thinking(images, rank, scores, step, scale), len(images))
+              for step in sorted({round(i * cells / 64) for i in range(65)})]
+    times = [4000 // len(frames)] * (len(frames) - 1) + [2000]  # milliseconds
+    with replacing(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=times)
 
 
-def main():
+def show(stem, picture, hidden, images, captions, rank, scores):
+    """Writes the sheets and the GIF of images uint8 [n, 3, H, W] with rank [n, R, C]."""
+    height, width = hidden.shape
+    scale = max(1, SHOWN // min(height, width))
+    columns = min(8, max(1, 8 * height // width))
+    film(stem + ".gif", images[:columns], rank[:columns], scores, scale)
+    labels = [f"{i:05d} {caption}" for i, caption in enumerate(captions[:len(images)])]
+    maps = colour_map(rank / max(1, int(rank.max()))).permute(0, 3, 1, 2)
+    maps = torch.where(hidden, grow(maps, height // rank.shape[1]), 225)  # grey: was given
+    page(stem + "_order.png", maps, labels, columns, scale)
+    if not hidden.all():
+        given = torch.where(hidden, 128, picture)
+        images = torch.cat((picture[None], given[None], images))
+        labels, columns = ["original", "given", *labels], columns + 2
+    page(stem + ".png", images, labels, columns, scale)
+
+
+def parse():
     parser = arguments(__doc__, flags=("out", "seed", "device"))
-    parser.add_argument("--model", default="", help="a .pt (default: OUT/ordered.pt, anyorder.pt or raster.pt)")
-    parser.add_argument("--order", choices=(*ORDERS, "frozen"), default=None,
-                        help="default: learned once finetune.py has taught a head, inferred for an any-order model, "
-                             "else what the model was trained in")
-    parser.add_argument("--caption", nargs="+", default=[], help='captions, or .txt files with one a line; "" is none')
-    parser.add_argument("--n", type=int, default=8, help="images (of each --caption), at most 10,000 in all")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 takes the likeliest")
-    parser.add_argument("--parallel", metavar="S", type=int, default=0, help="draw in S steps, several cells at once")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that make up P")
-    parser.add_argument("--guidance", default="1.5", help="towards the caption (1: none); 0:3 goes from 0 to 3")
-    parser.add_argument("--complete", metavar="IMAGE", default="", help="draw anew what --mask has white")
-    parser.add_argument("--mask", default="", help="left, right, top, bottom, center, random:0.5 or a file")
-    parser.add_argument("--extend", metavar="WxH", default="", help="canvas in grids, IMAGE in its middle: 2x or 3x1")
-    parser.add_argument("--each", metavar="FOLDER", default="",
-                        help="also each image as a file of its own, and metadata.csv with the captions")
-    parser.add_argument("--animate", metavar="SECONDS", type=float, default=4, help="of the GIF (0: none)")
-    parser.add_argument("--why", metavar="K", type=int, default=0,
-                        help="also a still before the K-th cell is drawn, with all scores")
-    parser.add_argument("--likelihood", metavar="IMAGE", default=None,
-                        help="draw nothing, but tell the nats per token of this image, with --model and --caption")
+    parser.add_argument("--model", default="",
+                        help="a .pt file (default: OUT/ordered.pt, anyorder.pt or raster.pt)")
+    parser.add_argument("--order", choices=(*ORDERS, "frozen"),
+                        help="default: learned after finetune.py, else inferred or as trained; "
+                             "frozen: inferred by the model that finetuning began with")
+    parser.add_argument("--caption", nargs="+", default=[],
+                        help='captions, or .txt files with one a line; "" is none')
+    parser.add_argument("--n", type=number(int, 1), default=8, help="images of each caption")
+    parser.add_argument("--steps", type=number(int, 0), default=0,
+                        help="draw in this many steps, several cells in each (0: one by one)")
+    parser.add_argument("--temperature", type=number(float, 0, 100), default=1.0,
+                        help="below 1 plays safe, 0 takes the likeliest token")
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=1.5,
+                        help="how closely to follow the caption (1: no guidance)")
+    parser.add_argument("--complete", metavar="IMAGE", default="",
+                        help="draw anew what --mask hides of this image")
+    parser.add_argument("--mask", default="", help=f"{MASKS} (white is hidden); "
+                        "3x1 is a canvas of three images, this one in its middle")
     args = parser.parse_args()
-    if not (0 < args.n <= 10_000 and args.parallel >= 0 and 0 < args.top_p <= 1 and 0 <= args.temperature <= 100
-            and 0 <= args.animate <= 600):
-        raise UserError(f"--n {args.n} --parallel {args.parallel} --top-p {args.top_p} "
-                        f"--temperature {args.temperature} --animate {args.animate}: expected n from 1 to 10,000, "
-                        "top-p in (0, 1], temperature up to 100, animate up to 600, none negative")
-    if args.mask and not args.complete or args.complete and not args.mask + args.extend:
-        raise UserError("--complete needs --mask (the part to draw) or --extend (how far), and --mask needs --complete")
-    if args.likelihood is not None and (args.complete or args.extend or args.why or args.each):
-        raise UserError("--likelihood draws nothing: leave out --complete, --mask, --extend, --why and --each")
-    if args.each and os.path.exists(args.each) and not (os.path.isdir(args.each) and not os.listdir(args.each)):
-        raise UserError(f"--each {printable(args.each)} is not an empty folder: nothing is overwritten, give a new one")
-    guidance = numbers("--guidance ", args.guidance, 0, 100, ":")
-    wide, high = numbers("--extend ", args.extend.removesuffix("x"), 1, 8, "x") if args.extend else (1, 1)
-    device = pick_device(args.device)
-    process, world = join(device)
-    paths = [os.path.join(args.out, name + ".pt") for name in ("ordered", "anyorder", "raster")]
-    path = args.model or next(filter(os.path.exists, paths), paths[0])
+    if bool(args.complete) != bool(args.mask):
+        raise UserError("--complete IMAGE needs --mask PART, and --mask needs --complete")
+    return args
+
+
+def open_files(args, device):
+    """(path of the model, model, tokenizer)"""
+    names = ("ordered", "anyorder", "raster")
+    paths = [os.path.join(args.out, name + ".pt") for name in names]
+    path = args.model or next(filter(os.path.exists, paths), paths[1])
     model = load_model(path, device)
     tokenizer = load_tokenizer(os.path.join(args.out, "tokenizer.pt"), device)
     if tokenizer.fingerprint != model.about["made_from"]["tokenizer"]:
-        raise UserError(f"{path} is for another tokenizer than {args.out}/tokenizer.pt: run python anyorder.py again")
-    order = args.order or {"random": "inferred", "inferred": "learned"}.get(model.about["order"], model.about["order"])
-    policy = frozen_policy(model, path, lambda file: load_model(file, device)) if order == "frozen" else None
-    how = dict(order="inferred" if policy else order, policy=policy,
-               score=model.about.get("score", "confidence"), distance=model.about.get("distance", 0.0),
-               temperature=args.temperature, top_p=args.top_p, parallel=args.parallel, guidance=guidance)
-    grid, size = (model.config["rows"], model.config["cols"]), tokenizer.config["size"]
-    side, scale = size // grid[0], max(1, TILE // size)
+        raise UserError(f"{printable(path)} is for another tokenizer than {printable(args.out)}"
+                        "/tokenizer.pt: give the --out that it was made in")
+    return path, model, tokenizer
+
+
+def settings(args, path, model):
+    """(name of the order, keyword arguments of generate)"""
+    about = model.about
+    policy = None
+    sensible = {"random": "inferred", "inferred": "learned"}
+    name = order = args.order or sensible.get(about["order"], about["order"])
+    if name == "frozen":
+        order = "inferred"
+        policy = frozen_policy(model, path, lambda file: load_model(file, model.hop.device))
+    check_order(model, path, order)
+    return name, {
+        "order": order, "policy": policy, "score": about.get("score", "confidence"),
+        "distance": about.get("distance", 0.0), "steps": args.steps,
+        "temperature": args.temperature, "guidance": args.guidance}
+
+
+def captions_of(args, model):
+    """The caption of each image to draw."""
     captions = read_captions(args.caption)
     model.check_words(captions)
-    if args.n * len(captions) > 10_000:
-        raise UserError(f"--n {args.n} images of {len(captions):,} captions: expected at most 10,000 in all")
-    if args.likelihood is not None and process:
-        return None                                                            # one image is not worth sharing
-    if args.likelihood is not None:
-        return likelihood(model, tokenizer, args.likelihood, captions or [""], args.out, args.seed, how)
+    if captions or args.complete:
+        return [caption for caption in captions or [""] for _ in range(args.n)]
+    known = model.about["captions"]
+    shuffled = torch.randperm(len(known), generator=seeded(args.seed)).tolist()
+    return [known[i] for i in itertools.islice(itertools.cycle(shuffled), args.n)]
 
-    # a canvas of R x C cells with the image, where there is one, in its middle
-    R, C = round(grid[0] * high), round(grid[1] * wide)
-    canvas = torch.full((3, R * side, C * side), 128, dtype=torch.uint8)
-    hidden, tokens = torch.ones(R * side, C * side).bool(), torch.zeros(R, C, dtype=torch.long, device=device)
+
+def main():
+    args = parse()
+    device = pick_device(args.device)
+    process, world = join(device)
+    path, model, tokenizer = open_files(args, device)
+    order, how = settings(args, path, model)
+    captions = captions_of(args, model)
+    picture, hidden, tokens = open_canvas(args.complete, args.mask, tokenizer, args.seed)
+    R, C = tokens.shape
+    side = len(hidden) // R  # pixels of a cell
+    # cells that are hidden in part are drawn
+    known = ~hidden.view(R, side, C, side).any(3).any(1)
+    name = "samples"
     if args.complete:
-        picture = read_picture(args.complete)
-        mask = read_mask(args.mask, picture.shape[1:], size, grid, args.seed)
-        picture, mask = resized(args.complete, picture, size, mask)
-        seen = torch.where(mask, spread(to_float(picture), ~mask, side)[0], to_float(picture))     # hides the rest
-        top, left = (R - grid[0]) // 2, (C - grid[1]) // 2
-        tokens[top:top + grid[0], left:left + grid[1]] = tokenizer.encode(seen[None].to(device)).view(grid)
-        area = slice(top * side, top * side + size), slice(left * side, left * side + size)
-        canvas[:, *area], hidden[area] = picture, mask
-    known = ~hidden.view(R, side, C, side).any(3).any(1)                       # cells hidden in part are drawn
-    F = int((~known).sum())
-    if args.why and how["order"] not in ("inferred", "learned", "sampled"):
-        raise UserError(f"--why {args.why}: {order} order has no scores, choose inferred, frozen, learned or sampled")
-    if not 0 <= args.why <= F:
-        raise UserError(f"--why {args.why}: {F} cells are to be drawn, expected 1 to {F}, or 0 for none")
-    captions = [caption for caption in captions or [""] for _ in range(args.n)]
-    if not args.caption and not args.complete:
-        every = model.about["captions"]
-        shuffled = torch.randperm(max(args.n, len(every)), generator=seeded(args.seed)).tolist()
-        captions = [every[i % len(every)] for i in shuffled[:args.n]]
+        name = "extended" if R * C > model.N else "completed"
+    stem = os.path.join(args.out, name)
+    if process == 0:
+        fresh_folder(stem, captions)
+    in_turn([])  # the others wait for process 0
 
-    drawn = []
-    for i in range(process * BATCH, len(captions), world * BATCH):             # each batch has dice of its own: whoever
-        asked = captions[i:i + BATCH]                                          # draws it, it comes out the same
-        generator = seeded(args.seed, "draw", i, device=device)
-        found, visited, watched = fill(model, asked, tokens.flatten().repeat(len(asked), 1), known, generator, **how)
-        drawn.append((decode(tokenizer, found, (R, C)), visited, [] if i else watched))
-    drawn, orders, (scores, *_) = zip(*in_turn(drawn))                         # only the first few images show scores
+    shown = []
+    bar = progress(len(captions), "drawing", "image")
+    for i in range(process * BATCH, len(captions), world * BATCH):
+        asked = captions[i:i + BATCH]
+        # the dice depend on the batch alone, so not on the number of processes
+        dice = seeded(args.seed, "draw", i, device=device)
+        start = tokens.flatten().repeat(len(asked), 1).to(device)
+        drawn, rank, scores = complete(model, asked, start, known, dice, **how)
+        # the decoder is convolutional: it takes a canvas of any size
+        images = tokenizer.draw(tokenizer.codebook[drawn.view(-1, R, C)]).clamp(-1, 1)
+        images = compose(images.cpu(), picture, hidden, side / 2)
+        for k, image in enumerate(images, i):
+            save_picture(os.path.join(stem, f"{k:05d}.png"), sheet([image], 1, gap=0))
+        if i < SHEET:  # no more is kept: memory does not grow with --n
+            shown.append((images, rank.view(-1, R, C), scores))
+        bar.update(len(asked) * world)
+    bar.close()
+    shown = in_turn(shown)
     if process:
         return
-    images = compose(torch.cat(drawn), canvas, hidden, side / 2)
-    rank = torch.full((len(images), R * C), -1).scatter_(1, torch.cat(orders), torch.arange(F).expand(len(images), F))
-
-    stem = os.path.join(args.out, "extended" if args.extend else "completed" if args.complete else "samples")
-    columns = lambda n: max(1, n * size // (C * side))                         # n images, fewer if they are larger
-    maps = torch.where(hidden, order_maps(rank * (R * C - 1) / max(1, F - 1), R, C, R * side), 225)
-    page(stem + "_order.png", grow(maps, scale), captions, columns(8))
-    tiles, labels, rank, across = grow(images, scale), captions, rank.view(-1, R, C), columns(8)
-    if args.complete:                                                          # step -1: no cell is framed
-        given = thinking(canvas[None], hidden, rank[:1], [], -1, scale)
-        across = columns(args.n + 2 if args.n < 7 else (args.n + 3) // 2)
-        rest = -(args.n + 2) % across                                          # each caption begins a row
-        white = torch.full((rest, *tiles.shape[1:]), 255, dtype=torch.uint8)
-        tiles = torch.cat([part for some in tiles.split(args.n)
-                           for part in (grow(canvas[None], scale), given, some, white)])
-        labels = [text for caption in captions[::args.n]
-                  for text in ["original", "given"] + [caption] * args.n + [""] * rest]
-    page(stem + ".png", tiles, labels, across)
-    print(f"{len(images)} images in {order} order from {path}: {stem}.png, {stem}_order.png (dark first)"
-          + f", {stem}.gif" * (args.animate > 0) + f", {stem}_why.png" * bool(args.why))
-    if args.each:
-        save_each(args.each, images, captions)
-        print(f"{args.each}: {len(images)} images of {C * side}x{R * side} pixels, and metadata.csv")
-    across, few = columns(4), (images[:2 * columns(4)], hidden, rank[:2 * columns(4)], scores)
-    if args.animate:
-        frames = [sheet(thinking(*few, step, scale), across) for step in sorted({round(i * F / 64) for i in range(65)})]
-        with replacing(stem + ".gif") as file:
-            frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                           duration=[round(1000 * args.animate / len(frames))] * (len(frames) - 1) + [2000])
-    if args.why:
-        labels = [f"from {v.min():.2f} (dark) to {v.max():.2f} nats" for v in scores[args.why - 1][1][:len(few[0])]]
-        page(stem + "_why.png", thinking(*few, args.why - 1, scale), labels, across)
+    images, rank, scores = zip(*shown)
+    show(stem, picture, hidden, torch.cat(images), captions, torch.cat(rank), scores[0])
+    stem = printable(stem)
+    print(f"drew in {order} order by {printable(path)}: {stem}.png, {stem}_order.png (dark "
+          f"first), {stem}.gif\nall {len(captions):,} images, with metadata.csv: {stem}/")
 
 
 if __name__ == "__main__":
