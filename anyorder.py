@@ -147,6 +147,7 @@ class AnyOrder(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
+        # after this loop, since blocks have their own initialisation
         self.blocks = nn.ModuleList(Block(D, config["layers"]) for _ in range(config["layers"]))
         self.start_positions(rows, cols)
         # how often each code occurs in the training images, for the `calibrated` score
@@ -181,8 +182,9 @@ class AnyOrder(nn.Module):
         """The output of both heads at each step k of `order`.
 
         tokens [B, N], words [B, L], order [B, N] -> what [B, N, V]: logits for the content of cell
-        o_k; where [B, N, N]: logits for o_k itself, None without an order head. The order head must
-        not know o_k. It reads the output of step k - 1 and the token drawn there.
+        o_k; where [B, N, N]: logits for o_k itself, None without an order head. The input of step k
+        contains o_k, so its output would give the answer away. The order head reads the output of
+        step k - 1, which knows all but the token drawn last; so that token is added.
         """
         L = words.shape[1]
         by_step = tokens.gather(1, order)                           # [B, N]
@@ -301,8 +303,8 @@ class Drawing:
     copy attends to the shared cache and to itself (`candidate_attention`). Placing keeps the keys
     and values of the chosen copy and forgets the others.
 
-    If several cells are placed at once, none of them knew the others' content. They then enter the
-    cache one after another, so every later step sees all of them, as in `logits`.
+    Cells that are placed together were predicted without each other. They enter the cache one after
+    another, so that every later step sees all of them, as in `logits`.
     """
 
     def __init__(self, model, words):
@@ -323,7 +325,8 @@ class Drawing:
 
     def enter(self, x):
         """Run inputs x [B, n, D], one after another, and write them behind the cache's end:
-        outputs [B, n, D]. They count as soon as the caller moves `length`."""
+        outputs [B, n, D]. The caller advances `length`; until then the next call overwrites them.
+        """
         start, end = self.length, self.length + x.shape[1]
         later = None
         if x.shape[1] > 1:
@@ -391,7 +394,7 @@ def train(model, data, args, device, checkpoint, state):
     process, world = join(device)
     tokens, words = data["tokens"].to(device), read_captions(model, data)
     train_rows, check_rows = split_rows(data, args.limit)
-    dtype = torch.bfloat16 if state["bfloat16"] else torch.float32
+    dtype = state["dtype"]
     optimizers = make_optimizers(model, args.lr, dtype)
     if "optimizers" in state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -415,6 +418,7 @@ def train(model, data, args, device, checkpoint, state):
         order = make_order(args.batch, model.N, dice, cols)[share].to(device)
         captioned = (torch.rand(args.batch, 1, generator=dice) >= DROP)[share].to(device)
         with autocast(device, dtype):
+            # word number 0 is no word: * 0 takes the caption away
             nats, _ = ddp(tokens[rows], words[rows] * captioned, order)     # [B, N]
             loss = nats.mean()
         rate = learning_rate(step, args.steps, args.lr)
@@ -434,7 +438,7 @@ def train(model, data, args, device, checkpoint, state):
 
 
 def is_report(step, steps):
-    """Whether to measure the held-out loss after this step: first, last, and ten times between."""
+    """Whether to measure the held-out loss after this step: the first, the last, 11 between."""
     return step == 1 or step == steps or step % max(1, steps // 12) == 0
 
 
@@ -447,10 +451,9 @@ def keep_best(state, model, value):
 
 def new_state(device):
     """The state of a run that has not begun. All processes take the dtype that process 0 found."""
-    dtype = in_turn([precision(device)])[0]
     best = {"held_out": math.inf, "step": 0, "model": {}}
     return {"step": 0, "seconds": 0.0, "history": [], "best": best,
-            "bfloat16": dtype == torch.bfloat16}
+            "dtype": in_turn([precision(device)])[0]}
 
 
 @torch.no_grad()
@@ -459,8 +462,9 @@ def held_out_loss(model, tokens, words, order, batch=256):
     that the model does not train on: (float, float or None)."""
     token_nats, cell_nats = [], []
     for part in zip(tokens.split(batch), words.split(batch), order.split(batch)):
-        for found, nats in zip(model(*part), (token_nats, cell_nats)):
-            nats.append(found)
+        of_tokens, of_cells = model(*part)
+        token_nats.append(of_tokens)
+        cell_nats.append(of_cells)
     cell_mean = None
     if model.config["order_head"]:
         cell_mean = torch.cat(cell_nats).mean().item()
@@ -522,7 +526,8 @@ def tokens_for(args, world):
 
 def starting_state(checkpoint, model, target, settings, args, device):
     """What training goes on from: a new state, an unfinished run, or a finished one that is to
-    train longer. In all cases the learning rate is that of this step in a run of --steps."""
+    train longer. The learning rate follows the schedule of the new --steps; a finished file holds
+    no optimizer state, so momentum begins anew."""
     state = checkpoint.state or new_state(device)
     if args.resume and not checkpoint.state:
         finished = load_model(target, device)
@@ -613,7 +618,7 @@ def describe(model, data, args, state, device):
     """Print what is about to be trained."""
     train_rows, check_rows = split_rows(data, args.limit)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    dtype = "bfloat16" if state["bfloat16"] else "float32"
+    dtype = str(state["dtype"]).removeprefix("torch.")
     print(f"{len(train_rows):,} images to train on, {len(check_rows)} to check, {model.N} cells, "
           f"{model.V} codes, {len(model.config['words'])} words")
     print(f"{millions:.2f}M parameters in {dtype} on {device}; a model that knows nothing "
@@ -635,7 +640,7 @@ def show(model, tokenizer, data, args, path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Files and optimizers
+# Files and optimizers: skip this on a first reading
 
 def save_model(path, model, **about):
     """Write a model with its config and what it was made from; see load_model."""

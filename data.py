@@ -451,109 +451,91 @@ def render_sunset(index, size=32):
     return torch.from_numpy(image), sunset_caption(index), torch.from_numpy(s.labels)
 
 
-def bump(v, centre, width):
-    return np.exp(-((v - centre) / width) ** 2)
+# ------------------------------------------------------------------------------------------------
+# 2. The toolbox of all scripts: dice and batches
 
 
-def unit(v):
-    return np.minimum(np.maximum(v, 0), 1)
+def seeded(*key, device="cpu"):
+    """A random generator that depends on `key` alone.
+
+    Keyed by (seed, step), a resumed run repeats what an uninterrupted one would have drawn, and
+    no state of a generator is on the disk.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def edge(s, distance, width=0.0):
-    """0 outside, 1 inside, a ramp between."""
-    return unit(0.5 + distance * (1 / max(width, 1 / s.size)))
+def batch_of(step, batch, n, seed):
+    """The `batch` indices below n of one step: random permutations of 0..n-1, cut into batches.
+
+    A batch may be larger than n. With n=3, batch=2 the steps 0, 1, 2 see each image twice.
+    """
+    return [permutation(n, seed, k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
 
 
-def tint(s, alpha, colour):
-    s.picture += alpha * (colour - s.picture)
-
-
-def paint(s, alpha, colour, name, threshold=0.5):
-    tint(s, alpha, colour)
-    np.copyto(s.labels, SUNSET_LABELS.index(name), where=alpha > threshold)
-
-
-def sky_colour(s, height):
-    """height: 0 at the horizon, 1 at the top."""
-    colour = s.horizon + (s.middle - s.horizon) * unit(2 * height)
-    return colour + (s.top * (0.8 if s.low else 1) - colour) * unit(2 * height - 1)
-
-
-def paint_sky(s):
-    """The sky, and the sun's glow in it."""
-    s.picture[:] = sky_colour(s, 1 - s.y / s.line)
-    tint(s, 0.75 * bump(s.x, s.sun_x, 0.36) * bump(s.y, s.sun_y, 0.2), s.horizon)
-    wide = 1.8 * s.radius
-    tint(s, 0.55 * bump(s.x, s.sun_x, wide) * bump(s.y, s.sun_y, wide), s.rim)
-
-
-def paint_sun(s):
-    away = np.sqrt((s.x - s.sun_x) ** 2 + (s.y - s.sun_y) ** 2)
-    outwards = 0.1 + 0.5 * np.minimum(away / s.radius, 1) ** 3
-    paint(s, edge(s, s.radius - away), s.core + (s.rim - s.core) * outwards, "sun")
-
-
-def paint_cloud(s, cx, cy, width, puffs):
-    """Puffs on a flat base. The light comes from the sun."""
-    tx = s.sun_x - cx
-    ty = s.sun_y - cy
-    far = math.hypot(tx, ty)
-    tx /= far
-    ty /= far
-    px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))    # [6] each
-
-    def density(sx, sy):
-        rows = bump(s.y, cy + sy + py, 0.75 * pr)                          # [H, 6]
-        return rows @ bump(s.x.T, cx + sx + px, pr).T                      # @ [6, W]
-
-    here = density(0, 0)
-    # Above 0 where the next puff does not shade.
-    toward = here - density(-0.25 * width * tx, -0.25 * width * ty)
-    light = 0.5 + 0.6 * toward + 0.3 * ((s.x - cx) * tx + (s.y - cy) * ty) / width
-    soft = max(0.16, 10 / s.size)
-    alpha = unit(0.5 + (here - 0.5) / soft) * edge(s, cy + 0.15 * width - s.y, 0.02)
-    paint(s, alpha, s.shade + unit(light) * (s.lit - s.shade), "cloud")
-
-
-def paint_hills(s):
-    """Bluer and paler the farther they are. They leave a gap for a low sun."""
-    gap = 1 - 0.9 * bump(s.x, s.sun_x, 2.2 * s.radius) if s.low else 1
-    s.heights = [gap * k * sum(h * bump(s.x, c, w) for c, w, h in hills)
-                 for k, hills in zip((1, 0.6), s.hills)]
-    for height, haze in zip(s.heights, (0.5, 0.15)):
-        colour = haze * s.horizon + (1 - haze) * 0.6 * s.shade
-        paint(s, edge(s, s.y - s.line + height), colour, "hills")
-
-
-def paint_sea(s):
-    """It mirrors sky, hills and sun, darker and in larger waves towards the viewer."""
-    x = s.x
-    a, b, c, d = s.waves
-    # 0 at the horizon, 1 at the viewer's feet
-    t = unit((s.y - s.line) / (1 - s.line))
-    depth = 1 / (t + 0.22)
-    sea = edge(s, s.y - s.line)
-    paint(s, sea, sky_colour(s, t) * (0.82 - 0.3 * t), "sea")
-    for height in s.heights:
-        mirrored = edge(s, 0.8 * height - (s.y - s.line), 0.05)
-        tint(s, sea * mirrored * 0.4, 0.5 * s.shade)
-
-    bend = 1.2 * np.sin(5 * x + b)
-    ripple = np.sin(8 * depth + a + bend + 0.7 * np.sin(11 * x * np.sqrt(depth) + c))
-    if s.size > 32:
-        # Finer waves, where there are pixels enough to show them.
-        swell = 2 * np.sin(9 * x + d) + 3 * np.sin(13 * x * depth + b)
-        ripple += min(1, s.size / 64 - 0.5) * t * np.sin(50 * depth + swell)
-    tint(s, sea * np.minimum(4 * t, 1) * 0.10 * (ripple + 0.3), s.horizon)
-
-    wide = s.radius * (0.55 + 0.9 * t) * (1 + 0.3 * np.sin(11 * depth + d))
-    glitter = bump(x, s.sun_x + 0.015 * np.sin(8 * depth + a), wide)
-    glitter = glitter * (0.95 - 0.3 * t) * (0.85 + 0.15 * ripple)
-    paint(s, sea * glitter, s.rim + (s.core - s.rim) * 0.6 * glitter, "reflection", 0.4)
+@functools.lru_cache(2)
+def permutation(n, seed, epoch):
+    """A random permutation of 0..n-1, a list: the same for the same n, seed and epoch."""
+    return torch.randperm(n, generator=seeded(seed, "epoch", epoch)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The toolbox of all scripts: flags and errors
+# Unfinished runs
+
+
+class Checkpoint:
+    """An unfinished run on disk, for --resume.
+
+    settings    a dict of plain values that a resumed run must share
+    resume      whether to go on from the file at `path`, if it is there
+    command     "python anyorder.py", for messages
+    .state      what was saved last, with the best model so far; {} for a new run
+
+    The first Ctrl-C finishes the step, saves and leaves. A second one leaves at once.
+    """
+
+    def __init__(self, path, settings, resume, command):
+        self.path = path
+        self.settings = settings
+        self.state = {}
+        self.saved = time.time()
+        self.asked = math.inf
+        if resume and os.path.exists(path):
+            file = load(path, "unfinished", f"{command} without --resume")
+            other = [key for key in settings if file["config"].get(key) != settings[key]]
+            if other:
+                raise UserError(f"{printable(path)} was begun with another {', '.join(other)}: "
+                                "repeat its flags, or leave out --resume")
+            self.state = file["state"]
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        # torchrun passes Ctrl-C on to processes that have it already: that is no second one.
+        if time.time() > self.asked + 1:
+            raise KeyboardInterrupt
+        self.asked = min(self.asked, time.time())
+
+    def after_step(self, state, step):
+        """Saves the dict state() now and then. After Ctrl-C it saves, then KeyboardInterrupt."""
+        # Ctrl-C in any process: all must leave after the same step.
+        stopped = any(in_turn([self.asked < math.inf]))
+        if stopped or time.time() - self.saved > SAVE_EVERY:
+            self.saved = time.time()
+            if is_first():
+                save(self.path, {"kind": "unfinished", "config": self.settings, "state": state()})
+        if stopped:
+            tqdm.write(f"stopped at step {step:,}: the same command with --resume goes on")
+            raise KeyboardInterrupt
+
+    def done(self):
+        """The finished file is written: removes this one, and Ctrl-C is as usual again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if is_first() and os.path.exists(self.path):
+            os.remove(self.path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags and errors
 
 
 class UserError(Exception):
@@ -873,34 +855,6 @@ class LogFile:
 
 
 # ------------------------------------------------------------------------------------------------
-# Dice and batches
-
-
-def seeded(*key, device="cpu"):
-    """A random generator that depends on `key` alone.
-
-    Keyed by (seed, step), a resumed run repeats what an uninterrupted one would have drawn, and
-    no state of a generator is on the disk.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def batch_of(step, batch, n, seed):
-    """The `batch` indices below n of one step: random permutations of 0..n-1, cut into batches.
-
-    A batch may be larger than n. With n=3, batch=2 the steps 0, 1, 2 see each image twice.
-    """
-    return [permutation(n, seed, k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
-
-
-@functools.lru_cache(2)
-def permutation(n, seed, epoch):
-    """A random permutation of 0..n-1, a list: the same for the same n, seed and epoch."""
-    return torch.randperm(n, generator=seeded(seed, "epoch", epoch)).tolist()
-
-
-# ------------------------------------------------------------------------------------------------
 # Device, number type, processes
 
 
@@ -994,59 +948,109 @@ def in_turn(parts):
     return [part for turn in turns for part in turn if part is not None]
 
 
-class Checkpoint:
-    """An unfinished run on disk, for --resume.
-
-    settings    a dict of plain values that a resumed run must share
-    resume      whether to go on from the file at `path`, if it is there
-    command     "python anyorder.py", for messages
-    .state      what was saved last, with the best model so far; {} for a new run
-
-    The first Ctrl-C finishes the step, saves and leaves. A second one leaves at once.
-    """
-
-    def __init__(self, path, settings, resume, command):
-        self.path = path
-        self.settings = settings
-        self.state = {}
-        self.saved = time.time()
-        self.asked = math.inf
-        if resume and os.path.exists(path):
-            file = load(path, "unfinished", f"{command} without --resume")
-            other = [key for key in settings if file["config"].get(key) != settings[key]]
-            if other:
-                raise UserError(f"{printable(path)} was begun with another {', '.join(other)}: "
-                                "repeat its flags, or leave out --resume")
-            self.state = file["state"]
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, *_):
-        # torchrun passes Ctrl-C on to processes that have it already: that is no second one.
-        if time.time() > self.asked + 1:
-            raise KeyboardInterrupt
-        self.asked = min(self.asked, time.time())
-
-    def after_step(self, state, step):
-        """Saves the dict state() now and then. After Ctrl-C it saves, then KeyboardInterrupt."""
-        # Ctrl-C in any process: all must leave after the same step.
-        stopped = any(in_turn([self.asked < math.inf]))
-        if stopped or time.time() - self.saved > SAVE_EVERY:
-            self.saved = time.time()
-            if is_first():
-                save(self.path, {"kind": "unfinished", "config": self.settings, "state": state()})
-        if stopped:
-            tqdm.write(f"stopped at step {step:,}: the same command with --resume goes on")
-            raise KeyboardInterrupt
-
-    def done(self):
-        """The finished file is written: removes this one, and Ctrl-C is as usual again."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if is_first() and os.path.exists(self.path):
-            os.remove(self.path)
-
-
 # ------------------------------------------------------------------------------------------------
 # 3. Machinery: skip this on a first reading
+
+
+def bump(v, centre, width):
+    return np.exp(-((v - centre) / width) ** 2)
+
+
+def unit(v):
+    return np.minimum(np.maximum(v, 0), 1)
+
+
+def edge(s, distance, width=0.0):
+    """0 outside, 1 inside, a ramp between."""
+    return unit(0.5 + distance * (1 / max(width, 1 / s.size)))
+
+
+def tint(s, alpha, colour):
+    s.picture += alpha * (colour - s.picture)
+
+
+def paint(s, alpha, colour, name, threshold=0.5):
+    tint(s, alpha, colour)
+    np.copyto(s.labels, SUNSET_LABELS.index(name), where=alpha > threshold)
+
+
+def sky_colour(s, height):
+    """height: 0 at the horizon, 1 at the top."""
+    colour = s.horizon + (s.middle - s.horizon) * unit(2 * height)
+    return colour + (s.top * (0.8 if s.low else 1) - colour) * unit(2 * height - 1)
+
+
+def paint_sky(s):
+    """The sky, and the sun's glow in it."""
+    s.picture[:] = sky_colour(s, 1 - s.y / s.line)
+    tint(s, 0.75 * bump(s.x, s.sun_x, 0.36) * bump(s.y, s.sun_y, 0.2), s.horizon)
+    wide = 1.8 * s.radius
+    tint(s, 0.55 * bump(s.x, s.sun_x, wide) * bump(s.y, s.sun_y, wide), s.rim)
+
+
+def paint_sun(s):
+    away = np.sqrt((s.x - s.sun_x) ** 2 + (s.y - s.sun_y) ** 2)
+    outwards = 0.1 + 0.5 * np.minimum(away / s.radius, 1) ** 3
+    paint(s, edge(s, s.radius - away), s.core + (s.rim - s.core) * outwards, "sun")
+
+
+def paint_cloud(s, cx, cy, width, puffs):
+    """Puffs on a flat base. The light comes from the sun."""
+    tx = s.sun_x - cx
+    ty = s.sun_y - cy
+    far = math.hypot(tx, ty)
+    tx /= far
+    ty /= far
+    px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))    # [6] each
+
+    def density(sx, sy):
+        rows = bump(s.y, cy + sy + py, 0.75 * pr)                          # [H, 6]
+        return rows @ bump(s.x.T, cx + sx + px, pr).T                      # @ [6, W]
+
+    here = density(0, 0)
+    # Above 0 where the next puff does not shade.
+    toward = here - density(-0.25 * width * tx, -0.25 * width * ty)
+    light = 0.5 + 0.6 * toward + 0.3 * ((s.x - cx) * tx + (s.y - cy) * ty) / width
+    soft = max(0.16, 10 / s.size)
+    alpha = unit(0.5 + (here - 0.5) / soft) * edge(s, cy + 0.15 * width - s.y, 0.02)
+    paint(s, alpha, s.shade + unit(light) * (s.lit - s.shade), "cloud")
+
+
+def paint_hills(s):
+    """Bluer and paler the farther they are. They leave a gap for a low sun."""
+    gap = 1 - 0.9 * bump(s.x, s.sun_x, 2.2 * s.radius) if s.low else 1
+    s.heights = [gap * k * sum(h * bump(s.x, c, w) for c, w, h in hills)
+                 for k, hills in zip((1, 0.6), s.hills)]
+    for height, haze in zip(s.heights, (0.5, 0.15)):
+        colour = haze * s.horizon + (1 - haze) * 0.6 * s.shade
+        paint(s, edge(s, s.y - s.line + height), colour, "hills")
+
+
+def paint_sea(s):
+    """It mirrors sky, hills and sun, darker and in larger waves towards the viewer."""
+    x = s.x
+    a, b, c, d = s.waves
+    # 0 at the horizon, 1 at the viewer's feet
+    t = unit((s.y - s.line) / (1 - s.line))
+    depth = 1 / (t + 0.22)
+    sea = edge(s, s.y - s.line)
+    paint(s, sea, sky_colour(s, t) * (0.82 - 0.3 * t), "sea")
+    for height in s.heights:
+        mirrored = edge(s, 0.8 * height - (s.y - s.line), 0.05)
+        tint(s, sea * mirrored * 0.4, 0.5 * s.shade)
+
+    bend = 1.2 * np.sin(5 * x + b)
+    ripple = np.sin(8 * depth + a + bend + 0.7 * np.sin(11 * x * np.sqrt(depth) + c))
+    if s.size > 32:
+        # Finer waves, where there are pixels enough to show them.
+        swell = 2 * np.sin(9 * x + d) + 3 * np.sin(13 * x * depth + b)
+        ripple += min(1, s.size / 64 - 0.5) * t * np.sin(50 * depth + swell)
+    tint(s, sea * np.minimum(4 * t, 1) * 0.10 * (ripple + 0.3), s.horizon)
+
+    wide = s.radius * (0.55 + 0.9 * t) * (1 + 0.3 * np.sin(11 * depth + d))
+    glitter = bump(x, s.sun_x + 0.015 * np.sin(8 * depth + a), wide)
+    glitter = glitter * (0.95 - 0.3 * t) * (0.85 + 0.15 * ripple)
+    paint(s, sea * glitter, s.rim + (s.core - s.rim) * 0.6 * glitter, "reflection", 0.4)
 
 
 def read_image(path, size=None, over="white"):

@@ -1,4 +1,4 @@
-"""The idea: a model that knows every order gets better when it specialises in its own orders.
+"""The idea: a model that knows every order gets better in those in which it specialises.
 
 anyorder.py has learned all N! orders, order_infer.py has found one for
 each training image. Now training goes on in these orders (arXiv
@@ -12,15 +12,21 @@ The second term is a softmax over the free cells. With the head,
 order: one look per cell.
 
 A *policy* is the rule that picks the next cell. The content must be
-trained with the policy that draws. The head comes close to the inferred
-orders but never reproduces them exactly. So training goes on in rounds.
-The first takes the orders of orders.pt. Each later round takes the
-orders that the head itself picks by then, for all images that
-anyorder.pt has seen. The head soon reproduces these almost exactly.
+trained with the policy that draws, and the head never reproduces the
+inferred orders exactly. So training goes on in rounds:
 
-The orders drift on the way: on sunsets the any-order model draws the
-sun before the clouds in 88% of the images, the head after four rounds
-in 13%. It prefers what is easy to predict.
+    round 1      in the orders of orders.pt. The head learns to pick them
+    rounds 2, 3, 4   the head itself orders the images that this round will
+                 train on, out of all that anyorder.pt has seen. Training
+                 goes on in these orders, and the learning rate restarts
+
+After that the policy that draws is the one that was trained on: the head
+reproduces its own orders almost exactly.
+
+*Policy drift*: a policy that is trained on its own choices moves. "Sun
+first" means that the mean rank of the sun's pixels is below that of the
+clouds'. It holds for 88% of sunsets in the order of the any-order model,
+and for 13% in that of the head after four rounds.
 
 --order says what to specialise in:
 
@@ -28,6 +34,8 @@ in 13%. It prefers what is easy to predict.
     class     the mean order of a caption's images       out/ordered_class.pt
     raster    the control that others have to beat       out/ordered_raster.pt
     random    the control for mere extra training        out/ordered_random.pt
+
+sample.py draws ordered.pt with --order learned: the head picks the cells.
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
 run      python finetune.py                2 to 8 minutes on two idle CPU cores
@@ -65,10 +73,12 @@ def given_first(order, model, generator):
     order [B, N] on the CPU -> (order [B, N], given [B, 1]: how many cells come first).
     """
     B, N = order.shape
+    # project the cells onto a random direction: the first `given` along it come first
     across = places(model) @ torch.randn(2, B, generator=generator)    # [N, B]
     partial = torch.rand(B, 1, generator=generator) < GIVEN
     given = partial * (N * torch.rand(B, 1, generator=generator)).long()
-    later = rank_of(across.T.argsort(1)) >= given                   # [B, N] bool, by cell
+    position = rank_of(across.T.argsort(1))                         # [B, N], by cell
+    later = position >= given
     # a stable sort of False and True, by step, keeps the order on each side
     sides = later.gather(1, order).int().argsort(dim=1, stable=True)
     return order.gather(1, sides), given
@@ -82,10 +92,10 @@ def train(model, data, rows, args, checkpoint, state):
     `state`: what --resume goes on from, with the "order" [n, N] of the images of this round
     and the "check_order" of those to check on.
     """
-    device, cols = model.hop.device, model.config["cols"]
+    device = model.hop.device
     process, world = join(device)
     share = slice(process, None, world)     # of each batch, this process takes a part
-    optimizers = make_optimizers(model, args.lr, dtype_of(state))
+    optimizers = make_optimizers(model, args.lr, state["dtype"])
     for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
         optimizer.load_state_dict(saved)
     ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -100,28 +110,17 @@ def train(model, data, rows, args, checkpoint, state):
         train_rows = rows["later"] if r else rows["first"]
         start = time.time()
         if r and state["step"] == begin:
-            bar.write(f"round {r + 1}: "
-                      + head_orders(model, data, rows, args, range(begin, end), state))
+            agree = head_orders(model, data, rows, args, range(begin, end), state)
+            bar.write(f"round {r + 1}: orders of the head, rank correlation {agree:.3f} "
+                      "with those before")
         for step in range(state["step"], end):
-            # the dice depend on the seed and the step alone, so a resumed run repeats them
-            dice = seeded(args.seed, step)
-            batch = batch_of(step, args.batch, len(train_rows), args.seed)
-            if args.order in FIXED_ORDERS:
-                order = FIXED_ORDERS[args.order](args.batch, model.N, dice, cols)
-            else:
-                order = state["order"][batch].long()
-            order, given = given_first(order, model, dice)
-            captioned = torch.rand(args.batch, 1, generator=dice) >= DROP
-            # the head learns the locations that were chosen, not those given
-            chosen = (torch.arange(model.N) >= given).float()       # [B, N]
-            chosen /= chosen.mean()
-            parts = train_rows[batch], order, captioned, chosen
-            row, order, captioned, chosen = [part[share].to(device) for part in parts]
-            with autocast(device, dtype_of(state)):
+            parts = step_batch(step, model, train_rows, args, state)
+            row, order, captioned, weight = [part[share].to(device) for part in parts]
+            with autocast(device, state["dtype"]):
                 words = data["words"][row] * captioned
-                nats, where_nats = ddp(data["tokens"][row], words, order)   # [B, N]
-                content = nats.mean()
-                location = (where_nats * chosen).mean()
+                token_nats, cell_nats = ddp(data["tokens"][row], words, order)      # [B, N]
+                content = token_nats.mean()
+                location = (cell_nats * weight).mean()
             # each round restarts the learning rate
             rate = learning_rate(step - begin, end - begin, args.lr)
             update(content + location, model, optimizers, rate, step)
@@ -129,26 +128,45 @@ def train(model, data, rows, args, checkpoint, state):
             state["seconds"] += time.time() - start
             bar.update()
             if (step + 1) % max(1, args.steps // 8) == 0 or step + 1 == end:
-                value, where_value = held_out(model, data, rows, state)
+                value, cell_value = held_out(model, data, rows, state)
                 state["history"].append((step + 1, content.item(), value))
                 keep_best(state, model, value)
                 bar.write(f"step {step + 1:5d}  loss {content:.3f}  held out {value:.3f} "
-                          f"nats per token, {where_value:.3f} per location")
+                          f"nats per token, {cell_value:.3f} per location")
             checkpoint.after_step(now, step + 1)
             start = time.time()
     bar.close()
 
 
+def step_batch(step, model, train_rows, args, state):
+    """What a step trains on: row [B] of tokens.pt, order, captioned [B, 1], weight [B, N].
+
+    weight is that of each location: 0 for given cells, since nobody chose them; its mean is 1.
+    The dice depend on the seed and the step alone, so a resumed run repeats them.
+    """
+    dice = seeded(args.seed, step)
+    picked = batch_of(step, args.batch, len(train_rows), args.seed)
+    if args.order in FIXED_ORDERS:
+        make, cols = FIXED_ORDERS[args.order], model.config["cols"]
+        order = make(args.batch, model.N, dice, cols)
+    else:
+        order = state["order"][picked].long()
+    order, given = given_first(order, model, dice)
+    captioned = torch.rand(args.batch, 1, generator=dice) >= DROP
+    weight = (torch.arange(model.N) >= given).float()
+    return train_rows[picked], order, captioned, weight / weight.mean()
+
+
 def head_orders(model, data, rows, args, steps, state):
-    """A new round: the head picks state["order"], for the images of these `steps`, and
-    state["check_order"]. Returns in words how far they have changed."""
+    """A new round: the head picks state["order"], for the images that these steps draw, and
+    state["check_order"]. Returns their rank correlation with those before."""
     n = len(rows["later"])
     batches = (batch_of(step, args.batch, n, args.seed) for step in steps)
     drawn = sorted(set().union(*batches))
     row = torch.cat((rows["later"][drawn], rows["check"]))
     tokens, words = data["tokens"][row], data["words"][row]
     processes = join(model.hop.device)
-    found = shared_orders(model, tokens, words, dtype_of(state), *processes, headed=True)
+    found = shared_orders(model, tokens, words, state["dtype"], *processes, headed=True)
     found = torch.cat(list(found))
     before, after = state["check_order"].long(), found[len(drawn):]
     # -1 for images that this round does not draw
@@ -157,20 +175,15 @@ def head_orders(model, data, rows, args, steps, state):
     state["check_order"] = after.short()
     # losses in other orders do not compare
     state["best"]["held_out"] = math.inf
-    agree = rank_correlation(rank_of(before), rank_of(after))
-    return f"orders of the head, rank correlation {agree:.3f} with those before"
+    return rank_correlation(rank_of(before), rank_of(after))
 
 
 def held_out(model, data, rows, state):
     """(nats per token, per location) of the images to check on, in state["check_order"]."""
     row, device = rows["check"], model.hop.device
     order = state["check_order"].long().to(device)
-    with autocast(device, dtype_of(state)):
+    with autocast(device, state["dtype"]):
         return held_out_loss(model, data["tokens"][row], data["words"][row], order)
-
-
-def dtype_of(state):
-    return torch.bfloat16 if state["bfloat16"] else torch.float32
 
 
 # --------------------------------------------------
@@ -178,17 +191,20 @@ def dtype_of(state):
 
 def first_orders(name, data, file, limit):
     """What the first round begins with: (rows, order, check_order), see `train`."""
-    known, check = split_rows(data, file["config"]["limit"])    # as in order_infer.py
-    later, _ = split_rows(data, limit and max(limit, len(known)))
+    later, check = split_rows(data, limit)
     rows = {"first": later, "later": later, "check": check}
-    if name == "inferred":
-        rows["first"] = known
-        return rows, *file["order"].split((len(known), len(check)))
     if name in FIXED_ORDERS:
-        N, cols = file["order"].shape[1], data["config"]["cols"]
+        N, cols = data["tokens"].shape[1], data["config"]["cols"]
         order = FIXED_ORDERS[name](len(check), N, seeded("check"), cols)
         # those to train on are drawn anew for each image and step
         return rows, order[:0], order
+    # as in order_infer.py
+    known, _ = split_rows(data, file["config"]["limit"])
+    if len(known) > len(later):
+        rows["first"] = rows["later"] = later = known
+    if name == "inferred":
+        rows["first"] = known
+        return rows, *file["order"].split((len(known), len(check)))
     index = data["caption_index"][torch.cat((later, check))].tolist()
     captions = [data["captions"][i] for i in index]
     order = specialised_orders(captions, file["caption_rank"], file["mean_rank"])
@@ -229,7 +245,9 @@ def main():
     source = os.path.join(args.out, "anyorder.pt")
     start = load_model(source, device)
     check_model(start, source, data)
-    file = load_orders(args.out, data)
+    file = {}
+    if args.order not in FIXED_ORDERS:
+        file = load_orders(args.out, data)
     rows, order, check_order = first_orders(args.order, data, file, start.about["limit"])
     if args.lr is None:
         args.lr = 2e-3 if args.steps * args.batch <= len(rows["later"]) else 5e-4
@@ -237,12 +255,12 @@ def main():
     name = "ordered" if args.order == "inferred" else "ordered_" + args.order
     target = os.path.join(args.out, name)
     made_from = {**start.about["made_from"], "model": fingerprint(start.state_dict()),
-                 "orders": fingerprint(file["order"])}
+                 "orders": fingerprint(file.get("order"))}
     flags = ("order", "rounds", "steps", "batch", "lr", "seed")
     settings = {**made_from, **{flag: getattr(args, flag) for flag in flags}}
     again = command_line("finetune.py", "--order", args.order, "--out", args.out)
     checkpoint = unfinished(target + "_resume.pt", settings, args.resume, again)
-    if file["made_from"]["model"] != made_from["model"]:
+    if file and file["made_from"]["model"] != made_from["model"]:
         print(f"orders.pt was inferred by another model than {printable(source)}")
     orders = {"order": order.short(), "check_order": check_order.short()}
     state = checkpoint.state or {**new_state(device), **orders, "model": start.state_dict()}
@@ -263,16 +281,14 @@ def main():
     model.load_state_dict(best["model"])
     save_model(
         target + ".pt", model,
-        made_from=made_from,
-        order=args.order,
-        batch=args.batch,
+        made_from=made_from, order=args.order, batch=args.batch,
         step=about["step"] + best["step"],
         tokens_seen=about["tokens_seen"] + best["step"] * args.batch * model.N,
         seconds=about["seconds"] + state["seconds"],
         held_out=best["held_out"],
         **{key: about[key] for key in ("limit", "data", "captions")},
-        **{key: file[key] for key in ("caption_rank", "mean_rank")},
-        **{key: file["config"][key] for key in ("score", "distance")})
+        **{key: file[key] for key in ("caption_rank", "mean_rank") if file},
+        **{key: file["config"][key] for key in ("score", "distance") if file})
     checkpoint.done()
     loss_curve(state["history"], target + "_loss.png")
     learned = "learned" if args.order == "inferred" else args.order

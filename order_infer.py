@@ -11,17 +11,19 @@ content of a training image is known (teacher forcing): only its order is
 inferred.
 
 *Why is the likelihood exact?* A score reads the distribution at a cell, never
-its content. So the order depends on the past alone, and sum_k log p(x_{o_k} |
-past) is log p(image): the probabilities of all images sum to 1. The score
-`likelihood` reads the content. Then they sum to more than 1: each image takes
-the branch that is likeliest for itself.
+its content. So images with the same past get the same next cell, and all images
+form one tree: a node asks for a cell, a branch is a token, a leaf is an image.
+The branches of a node sum to 1, so the leaves do: sum_k log p(x_{o_k} | past) is
+log p(image). The score `likelihood` reads the content. Then each image takes the
+branch that is likeliest for itself, and the sum is more than 1.
 
-*Why do these orders cost more nats than random ones before finetuning?* A
-perfect model pays the same for every order: the chain rule. The number of known
-neighbours, summed over the image, is also the same: each pair of neighbours
-counts once. Orders differ only in how hard they are to learn. Raster order
-meets one pattern of known neighbours again and again, inferred orders meet
-hundreds. Hence finetune.py.
+*Why do these orders cost more nats than random ones before finetuning?* Random
+orders are what the model has trained on. A perfect model would pay the same for
+every order: the chain rule. The number of known neighbours, summed over the
+image, is also the same: each pair of neighbours counts once. Orders differ only
+in how hard they are to learn. Raster order meets one pattern of known
+neighbours again and again, inferred orders meet hundreds. finetune.py lets the
+model learn these.
 
 reads    out/anyorder.pt, out/tokens.pt, out/tokenizer.pt
 writes   out/orders.pt, out/orders.png
@@ -101,23 +103,26 @@ def crowding(model):
 # --------------------------------------------------
 # 2. The loop behind every order
 
-def visit(drawing, free, steps, choose, fill):
-    """The loop behind every order: draws the cells free [B, C], n of them in each of `steps`.
+def visit(drawing, free, counts, choose, fill):
+    """The loop behind every order: draws the cells free [B, C], counts[i] of them in step i.
 
-    choose(free) -> value [B, C], logits      where next? the best value is
-                                              logits [B, C, V], None if it did not look
-    fill(cell, logits) -> token [B, n]        what is there? cell [B, n], logits [B, n, V]
+    choose(free) -> (value, logits)       where next? value [B, C]: the highest comes first;
+                                          logits [B, C, V] if it looked at all free cells,
+                                          else None
+    fill(cell, logits) -> token [B, n]    what is there? cell [B, n], logits [B, n, V]
 
-    Returns the order [B, C]. The steps sum to C.
+    Returns the order [B, C]. The counts sum to C.
     """
     crowd = crowding(drawing.model).to(free.device)
     order = []
-    for n in steps:
+    for n in counts:
         value, logits = choose(free)
         choice = best_apart(value, free, n, crowd)      # [B, n] indices into free
         cell = free.gather(1, choice)                   # [B, n]
-        looked = choice                                 # indices into the cells looked at
+        # place takes indices into the cells that were looked at: all free cells ...
+        looked = choice
         if logits is None:
+            # ... or only the chosen ones
             logits = drawing.look(cell)
             looked = torch.arange(n, device=free.device).expand_as(choice)
         logits = torch.take_along_dim(logits, looked[..., None], 1)     # [B, n, V]
@@ -150,7 +155,8 @@ def without(cells, choice):
 def steps_of(cells, steps):
     """How many cells to draw in each step: steps_of(16, 4) is [3, 4, 4, 5]. 0: one each.
 
-    After k steps the share (k / steps)^1.15 is drawn: fewer at first, when little is known.
+    After k steps the share (k / steps)^1.15 is drawn: fewer at first, when little is known
+    (the exponent was found by trial). Sorting undoes the dips of rounding.
     """
     if not 0 < steps < cells:
         return [1] * cells
@@ -181,7 +187,7 @@ def infer_orders(model, tokens, captions, score="confidence", distance=0.0, head
             return drawing.next_location().gather(1, free), None
         logits = drawing.look(free)
         value = location_scores(logits, score, model.frequency, tokens.gather(1, free))
-        return value - distance * lengths[drawing.cell[:, -1:], free], logits
+        return value - distance * lengths[drawing.cell, free], logits
 
     def fill(cell, logits):
         return tokens.gather(1, cell)
@@ -338,7 +344,7 @@ def main():
     checkpoint = unfinished(name + "_resume.pt", settings, args.resume, again)
     nothing = torch.empty(0, model.N, dtype=torch.int16)
     state = checkpoint.state or {**new_state(device), "order": nothing}
-    dtype = torch.bfloat16 if state["bfloat16"] else torch.float32
+    dtype = state["dtype"]
     every = int((data["split"] == 0).sum())
     print(f"orders for {len(train_rows):,} of {every:,} training images (--limit)")
     start, done = time.time() - state["seconds"], len(state["order"])

@@ -1,8 +1,11 @@
 """The idea: drawing is a loop of two questions: where next? and what is there?
 
     until all cells are drawn:
-        cell  ~ where     raster | random | class | inferred | learned
+        cell   = argmax over free cells of where(cell | all that is drawn)
         token ~ p(x_cell | caption, all that is drawn, cell)
+
+`where` is a fixed order (raster, random, class), a score of what the model would
+draw (inferred), or the order head (learned).
 
 `order_infer.visit` is this loop. `generate` gives it two functions: `choose`
 answers the first question, `fill` the second. Given cells are visited first
@@ -38,7 +41,7 @@ from anyorder import FIXED_ORDERS, Drawing, load_model, one_of
 from data import (UserError, arguments, fingerprint, in_turn, join, number, one_line,
                   pick_device, printable, progress, read_image, replacing, run,
                   save_picture, seeded, sheet, square, to_float, to_uint8, writable)
-from order_infer import (colour_map, location_scores, specialised_orders, step_lengths,
+from order_infer import (colour_map, grow, location_scores, specialised_orders, step_lengths,
                          steps_of, visit)
 from tokenizer import load_tokenizer
 
@@ -421,11 +424,6 @@ def thinking(images, rank, scores, step, scale):
     return torch.where(grow(rank[:, None] < step, side), grow(images, scale), squares)
 
 
-def grow(value, times):
-    """[..., H, W] -> [..., H * times, W * times] by repetition."""
-    return value.repeat_interleave(times, -2).repeat_interleave(times, -1)
-
-
 def film(path, images, rank, scores, scale):
     """Writes a GIF of six seconds: images uint8 [n, 3, H, W] draw themselves."""
     cells = int(rank.max()) + 1
@@ -549,7 +547,7 @@ def main():
         start = tokens.flatten().repeat(len(asked), 1).to(device)
         drawn, rank, scores = complete(model, asked, start, known, dice, **how)
         # the decoder is convolutional: it takes a canvas of any size
-        images = tokenizer.draw(tokenizer.codebook[drawn.view(-1, R, C)]).clamp(-1, 1)
+        images = tokenizer.pixels(tokenizer.codebook[drawn.view(-1, R, C)]).clamp(-1, 1)
         images = compose(images.cpu(), picture, hidden, side / 2)
         for k, image in enumerate(images, i):
             save_picture(os.path.join(stem, f"{k:05d}.png"), sheet([image], 1, gap=0))
