@@ -116,7 +116,7 @@ class Block(nn.Module):
 
     def merge(self, x, y):
         """x [B, T, D] plus the attention output y [B, heads, T, d], then plus the MLP."""
-        x = x + self.proj(y.transpose(1, 2).flatten(2))             # [B, T, heads, d] -> [B, T, D]
+        x = x + self.proj(y.transpose(1, 2).flatten(2))  # [B, T, heads, d] -> [B, T, D]
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -134,15 +134,15 @@ class AnyOrder(nn.Module):
         rows, cols = config["rows"], config["cols"]
         D, V, N = config["width"], config["codebook"], rows * cols
         self.N, self.V = N, V
-        self.content = nn.Embedding(V + 1, D)               # number V: start, nothing is drawn yet
-        self.at = nn.Embedding(N + 1, D)                    # number N: nowhere yet
+        self.content = nn.Embedding(V + 1, D)  # number V: start, nothing is drawn yet
+        self.at = nn.Embedding(N + 1, D)  # number N: nowhere yet
         self.next = nn.Embedding(N, D)
         self.relative = nn.Embedding((2 * rows - 1) * (2 * cols - 1) + 1, D)
-        self.word = nn.Embedding(len(config["words"]) + 1, D)       # number 0: none, or unknown
+        self.word = nn.Embedding(len(config["words"]) + 1, D)  # number 0: none, or unknown
         self.word_at = nn.Embedding(config["caption_length"], D)
         self.norm = nn.LayerNorm(D)
-        self.to_token = nn.Linear(D, V, bias=False)         # what is there?
-        if config["order_head"]:                            # where next? finetune.py trains this
+        self.to_token = nn.Linear(D, V, bias=False)  # what is there?
+        if config["order_head"]:  # where next? finetune.py trains this
             self.to_cell = nn.Sequential(nn.Linear(2 * D, D), nn.GELU(), nn.Linear(D, N))
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
@@ -160,20 +160,20 @@ class AnyOrder(nn.Module):
         """Initialise positions as sinusoids along rows and columns. One cell to the left is then
         the same rotation everywhere, so attention learns it once and not for each cell."""
         D = self.config["width"]
-        place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()       # [N, 2]
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()  # [N, 2]
         # from an eighth of a turn to one and a half turns across the grid
         turns = torch.linspace(0.25, 3, D // 4) * math.pi / max(rows, cols)
-        phase = place[..., None] * turns                                           # [N, 2, D / 4]
-        waves = 0.06 * torch.cat((phase.cos(), phase.sin()), 1).flatten(1)         # [N, D]
+        phase = place[..., None] * turns  # [N, 2, D / 4]
+        waves = 0.06 * torch.cat((phase.cos(), phase.sin()), 1).flatten(1)  # [N, D]
         self.at.weight[:self.N] = waves
         # the same waves with shuffled channels, so that "is at" and "comes next" differ
         self.next.weight.copy_(waves[:, torch.randperm(D)])
 
     def embed_words(self, words):
-        return self.word(words) + self.word_at.weight               # [B, L, D]
+        return self.word(words) + self.word_at.weight  # [B, L, D]
 
     def embed_drawn(self, token, cell):
-        return self.content(token) + self.at(cell)                  # what was drawn, and where
+        return self.content(token) + self.at(cell)  # what was drawn, and where
 
     def embed_next(self, cell, following):
         return self.next(following) + self.relative(self.hop[cell, following])
@@ -187,12 +187,12 @@ class AnyOrder(nn.Module):
         step k - 1, which knows all but the token drawn last; so that token is added.
         """
         L = words.shape[1]
-        by_step = tokens.gather(1, order)                           # [B, N]
+        by_step = tokens.gather(1, order)  # [B, N]
         last_token = F.pad(by_step[:, :-1], (1, 0), value=self.V)
         last_cell = F.pad(order[:, :-1], (1, 0), value=self.N)
-        drawn = self.embed_drawn(last_token, last_cell)             # [B, N, D]
+        drawn = self.embed_drawn(last_token, last_cell)  # [B, N, D]
         steps = drawn + self.embed_next(last_cell, order)
-        x = torch.cat((self.embed_words(words), steps), 1)          # [B, L + N, D]
+        x = torch.cat((self.embed_words(words), steps), 1)  # [B, L + N, D]
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -253,8 +253,8 @@ def hop_table(rows, cols):
     """hop[a, b] numbers the offset from cell a to cell b, in rows and columns: [N + 1, N]. The last
     row is the offset from nowhere, which has a number of its own."""
     cell = torch.arange(rows * cols)
-    down = cell[None] // cols - cell[:, None] // cols + rows - 1            # 0 .. 2 rows - 2
-    right = cell[None] % cols - cell[:, None] % cols + cols - 1             # 0 .. 2 cols - 2
+    down = cell[None] // cols - cell[:, None] // cols + rows - 1  # 0 .. 2 rows - 2
+    right = cell[None] % cols - cell[:, None] % cols + cols - 1  # 0 .. 2 cols - 2
     from_nowhere = torch.full((1, rows * cols), (2 * rows - 1) * (2 * cols - 1))
     return torch.cat((down * (2 * cols - 1) + right, from_nowhere))
 
@@ -262,7 +262,7 @@ def hop_table(rows, cols):
 def over_free(where, order):
     """Order-head logits [B, N, N] with -inf for drawn cells: at step k, the cells of rank < k."""
     step = torch.arange(order.shape[1], device=order.device)
-    drawn = rank_of(order)[:, None, :] < step[None, :, None]                # [B, step, cell]
+    drawn = rank_of(order)[:, None, :] < step[None, :, None]  # [B, step, cell]
     return where.float().masked_fill(drawn, -math.inf)
 
 
@@ -282,7 +282,7 @@ def draw(model, captions, order, generator=None):
     drawing = Drawing(model, model.read(captions))
     tokens = torch.empty_like(order)
     first = order.new_zeros(len(order), 1)
-    for cell in order.split(1, dim=1):                                      # [B, 1]
+    for cell in order.split(1, dim=1):  # [B, 1]
         p = drawing.look(cell)[:, 0].float().softmax(-1)
         token = one_of(p, generator)
         tokens.scatter_(1, cell, token)
@@ -317,10 +317,10 @@ class Drawing:
         self.model = model
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0                                                     # inputs in the cache
-        self.before = self.enter(model.embed_words(words))[:, -1:]          # [B, 1, D], last output
+        self.length = 0  # inputs in the cache
+        self.before = self.enter(model.embed_words(words))[:, -1:]  # [B, 1, D], last output
         self.length = L
-        self.cell = words.new_full((B, 1), model.N)                         # nowhere yet
+        self.cell = words.new_full((B, 1), model.N)  # nowhere yet
         self.drawn = model.embed_drawn(words.new_full((B, 1), model.V), self.cell)
 
     def enter(self, x):
@@ -340,9 +340,9 @@ class Drawing:
         return self.model.norm(x)
 
     def look(self, cells):
-        x = self.drawn + self.model.embed_next(self.cell, cells)            # [B, C, D]
+        x = self.drawn + self.model.embed_next(self.cell, cells)  # [B, C, D]
         self.cells, self.candidates = cells, []
-        if cells.shape[1] == 1:         # there is no choice, so its keys can go to the cache now
+        if cells.shape[1] == 1:  # there is no choice, so its keys can go to the cache now
             self.after = self.enter(x)
             return self.model.to_token(self.after)
         for i, block in enumerate(self.model.blocks):
@@ -350,7 +350,7 @@ class Drawing:
             self.candidates.append((k, v))
             past_k, past_v = self.k[i, :, :, :self.length], self.v[i, :, :, :self.length]
             x = block.merge(x, candidate_attention(q, k, v, past_k, past_v))
-        self.after = self.model.norm(x)                                     # [B, C, D]
+        self.after = self.model.norm(x)  # [B, C, D]
         return self.model.to_token(self.after)
 
     def place(self, choice, token):
@@ -360,9 +360,9 @@ class Drawing:
             self.v[i, :, :, self.length] = v[row, :, first]
         self.length += 1
         self.before = self.after[row, first][:, None]
-        cell = self.cells.gather(1, choice)                                 # [B, n]
-        drawn = self.model.embed_drawn(token, cell)                         # [B, n, D]
-        if choice.shape[1] > 1:         # each of the others follows the one placed before it
+        cell = self.cells.gather(1, choice)  # [B, n]
+        drawn = self.model.embed_drawn(token, cell)  # [B, n, D]
+        if choice.shape[1] > 1:  # each of the others follows the one placed before it
             steps = drawn[:, :-1] + self.model.embed_next(cell[:, :-1], cell[:, 1:])
             self.before = self.enter(steps)[:, -1:]
             self.length += steps.shape[1]
@@ -402,7 +402,7 @@ def train(model, data, args, device, checkpoint, state):
     ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     cols, make_order = model.config["cols"], FIXED_ORDERS[args.order]
     check_order = make_order(len(check_rows), model.N, seeded(args.seed, "check"), cols).to(device)
-    share = slice(process, None, world)                 # of each batch, this process takes a part
+    share = slice(process, None, world)  # of each batch, this process takes a part
 
     def now():
         return {**state, "model": model.state_dict(),
@@ -419,7 +419,7 @@ def train(model, data, args, device, checkpoint, state):
         captioned = (torch.rand(args.batch, 1, generator=dice) >= DROP)[share].to(device)
         with autocast(device, dtype):
             # word number 0 is no word: * 0 takes the caption away
-            nats, _ = ddp(tokens[rows], words[rows] * captioned, order)     # [B, N]
+            nats, _ = ddp(tokens[rows], words[rows] * captioned, order)  # [B, N]
             loss = nats.mean()
         rate = learning_rate(step, args.steps, args.lr)
         loss = update(loss, model, optimizers, rate, step)
@@ -476,7 +476,7 @@ def split_rows(data, limit=0):
     train_rows = (data["split"] == 0).nonzero()[:, 0]
     train_rows = train_rows[:limit or None]
     check_rows = (data["split"] == 1).nonzero()[:512, 0]
-    if not len(check_rows):             # a handful of images leaves none for validation
+    if not len(check_rows):  # a handful of images leaves none for validation
         check_rows = train_rows[:512]
     return train_rows, check_rows
 
@@ -495,7 +495,7 @@ def new_model(data, tokenizer, args, device):
                       "width": args.width, "layers": args.layers, "order_head": False,
                       "words": words, "caption_length": length}).to(device)
     # codes that look alike begin with similar embeddings: a random projection of the codebook
-    book = (tokenizer.codebook - tokenizer.codebook.mean(0)) / tokenizer.codebook.std()   # [V, dim]
+    book = (tokenizer.codebook - tokenizer.codebook.mean(0)) / tokenizer.codebook.std()  # [V, dim]
     mix = torch.randn(book.shape[1], args.width) * 0.04 / book.shape[1] ** 0.5
     used = data["tokens"][split_rows(data, args.limit)[0]]
     count = torch.bincount(used.flatten(), minlength=model.V)
@@ -515,7 +515,7 @@ def tokens_for(args, world):
         print(f"{printable(path)} does not exist: training a tokenizer first")
         make_tokens(data=args.data or "sunsets", out=args.out, size=args.size or 32,
                     seed=args.seed, device=args.device, resume=args.resume)
-        args.resume = False             # the tokenizer was interrupted, this model never began
+        args.resume = False  # the tokenizer was interrupted, this model never began
     data = open_tokens(args.out, args.data)
     size = data["config"]["size"]
     if args.size and args.size != size:
@@ -577,10 +577,7 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    process, world = join(device)
-    if args.batch % world:
-        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: "
-                        f"give a multiple of {world}")
+    process, world = join(device, args.batch)
     writable(args.out)
     data = tokens_for(args, world)
     tokenizer = open_tokenizer(args.out, data, device)
@@ -699,7 +696,7 @@ def reference_attention(q, k, v):
     q, k, v [B, heads, T, d] -> [B, heads, T, d]: row t mixes the values 0..t.
     """
     T, d = q.shape[-2:]
-    scores = q @ k.transpose(-1, -2) / math.sqrt(d)         # [B, heads, T, T]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(d)  # [B, heads, T, T]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
@@ -848,8 +845,8 @@ def candidate_attention(q, k, v, prefix_k, prefix_v):
         # n = images * heads
         qs, ks, vs, past_k, past_v = (
             x[i:i + step].flatten(0, 1) for x in (q, k, v, prefix_k, prefix_v))
-        past_k = past_k.transpose(1, 2)                     # [n, d, T]
-        own = (qs * ks).sum(-1, keepdim=True)               # [n, C, 1]
+        past_k = past_k.transpose(1, 2)  # [n, d, T]
+        own = (qs * ks).sum(-1, keepdim=True)  # [n, C, 1]
         # Scores are relative to the candidate's own score, so no maximum is needed, unless a
         # score lies 69 nats above it.
         p = torch.baddbmm(own, qs, past_k, beta=-bits, alpha=bits).exp2_()  # [n, C, T]

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import datetime
 import functools
 import gzip
 import hashlib
@@ -437,8 +436,8 @@ def render_sunset(index, size=32):
     """
     s = sunset_scene(index)
     s.size = size
-    s.x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :]      # [1, W]
-    s.y = s.x.T                                                            # [H, 1]
+    s.x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :]  # [1, W]
+    s.y = s.x.T  # [H, 1]
     s.picture = np.empty((3, size, size), np.float32)
     s.labels = np.zeros((size, size), np.uint8)
     paint_sky(s)
@@ -799,9 +798,9 @@ def sheet(images, columns, scale=1, gap=2):
     missing = -len(images) % columns
     # `gap` on the left and on top of each image, white images at the end
     images = pad(images, (gap, 0, gap, 0, 0, 0, 0, missing), value=255)
-    page = images.unflatten(0, (-1, columns))           # [rows, columns, 3, H, W]
+    page = images.unflatten(0, (-1, columns))  # [rows, columns, 3, H, W]
     page = page.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    page = pad(page, (0, gap, 0, gap), value=255)       # [3, rows * H, columns * W]
+    page = pad(page, (0, gap, 0, gap), value=255)  # [3, rows * H, columns * W]
     return Image.fromarray(page.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -910,23 +909,26 @@ def is_first():
     return os.environ.get("RANK", "0") == "0"
 
 
-def join(device):
+def join(device, batch=0):
     """Joins the processes that torchrun started: (which one this is, how many), else (0, 1).
 
-    From here on the first process alone prints.
+    From here on the first process alone prints. UserError if they cannot share a `batch`.
     """
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            # The others wait, for days if need be, while the first one trains a tokenizer.
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
+            dist.init_process_group(backend)
         except ValueError as error:
             raise UserError(f"{printable(error)}: start with torchrun, or unset RANK") from None
         if not is_first():
             sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size()
+    process, world = dist.get_rank(), dist.get_world_size()
+    if batch % world:
+        raise UserError(f"--batch {batch} cannot be split over {world} processes: "
+                        f"give a multiple of {world}")
+    return process, world
 
 
 def alone(script):
@@ -1001,11 +1003,11 @@ def paint_cloud(s, cx, cy, width, puffs):
     far = math.hypot(tx, ty)
     tx /= far
     ty /= far
-    px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))    # [6] each
+    px, py, pr = (np.array(p, np.float32) * width for p in zip(*puffs))  # [6] each
 
     def density(sx, sy):
-        rows = bump(s.y, cy + sy + py, 0.75 * pr)                          # [H, 6]
-        return rows @ bump(s.x.T, cx + sx + px, pr).T                      # @ [6, W]
+        rows = bump(s.y, cy + sy + py, 0.75 * pr)  # [H, 6]
+        return rows @ bump(s.x.T, cx + sx + px, pr).T  # @ [6, W]
 
     here = density(0, 0)
     # Above 0 where the next puff does not shade.

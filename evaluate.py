@@ -112,11 +112,9 @@ MORE = {
 
 
 def moments(x, chunk=8192):
-    """Features [n, f] -> mean [f], root [<= f, f]
-    with root^T root = covariance.
+    """Features [n, f] -> mean [f], root [<= f, f] with root^T root = covariance.
 
-    A covariance matrix would lose half of the
-    digits, QR decompositions do not."""
+    A covariance matrix would lose half of the digits, QR decompositions do not."""
     x = x.cpu()
     mean = x.mean(0, dtype=torch.float64)
     root = torch.empty(0, x.shape[1], dtype=torch.float64)
@@ -126,13 +124,11 @@ def moments(x, chunk=8192):
 
 
 def frechet(p, q):
-    """Frechet distance of two Gaussians, each as
-    `moments` gives it: a float >= 0.
+    """Frechet distance of two Gaussians, each as `moments` gives it: a float >= 0.
 
-    It is FID for features of the 2015 Inception network only
-    (Heusel et al. 2017). With S = R^T R, tr sqrt(S1 S2) is the
-    nuclear norm (sum of singular values) of R1 R2^T. A matrix
-    square root fails where n < f makes the product singular."""
+    It is FID for features of the 2015 Inception network only (Heusel et al. 2017). With S = R^T
+    R, tr sqrt(S1 S2) is the nuclear norm (sum of singular values) of R1 R2^T. A matrix square
+    root fails where n < f makes the product singular."""
     (mean1, root1), (mean2, root2) = p, q
     cross = torch.linalg.svdvals(root1 @ root2.T).sum()
     apart = (mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum()
@@ -145,11 +141,10 @@ def frechet_distance(a, b):
 
 
 def kernel_distance(a, b, block=2048):
-    """KID of features a [n, f] and b [m, f]: a
-    float, perhaps slightly negative.
+    """KID of features a [n, f] and b [m, f]: a float, perhaps slightly negative.
 
-    The unbiased squared MMD with kernel (x.y / f + 1)^3, over
-    all pairs; the usual code averages over random subsets."""
+    The unbiased squared MMD with kernel (x.y / f + 1)^3, over all pairs; the usual code averages
+    over random subsets."""
     def total(x, y):
         found = 0.0
         for u in x.split(block):
@@ -167,12 +162,10 @@ def kernel_distance(a, b, block=2048):
 
 
 def precision_recall(real, drawn, k=NEIGHBOURS, block=1024):
-    """(precision, recall) of features [n, f] and
-    [m, f] (Kynkaanniemi et al. 2019).
+    """(precision, recall) of features [n, f] and [m, f] (Kynkaanniemi et al. 2019).
 
-    Precision: the share of `drawn` inside a ball around any
-    of `real` that reaches to its k-th nearest neighbour. It
-    is quality. Recall, the reverse, is diversity."""
+    Precision: the share of `drawn` inside a ball around any of `real` that reaches to its k-th
+    nearest neighbour. It is quality. Recall, the reverse, is diversity."""
     def covered(points, x):
         near = [torch.cdist(part, x).topk(k + 1, largest=False).values for part in x.split(block)]
         radius = torch.cat(near)[:, k]  # number 0 is the image itself
@@ -190,8 +183,8 @@ def lpips(x, y, net):
 
         sum over layers of the mean over places of  w . (x / |x| - y / |y|)^2
 
-    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]). `net` has .activations(images), a list of
-    [B, C, h, w], and .weights, a list of [C] (or [1], the same for all channels)."""
+    x, y [B, 3, H, W] float in [-1, 1] (not [0, 1]). `net` has .activations(images), a list of [B,
+    C, h, w], and .weights, a list of [C] (or [1], the same for all channels)."""
     def unit(z):
         return z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
@@ -241,8 +234,8 @@ class Judge(nn.Module):
 
 
 def spoiled(image, chance):
-    """An image [3, S, S] in [-1, 1], damaged in one of three ways:
-    random pixels, a coarser picture, patches that changed places."""
+    """An image [3, S, S] in [-1, 1], damaged in one of three ways: random pixels, a coarser
+    picture, patches that changed places."""
     S = image.shape[-1]
     damage = torch.randint(3, (), generator=chance)
     strength = torch.rand((), generator=chance).item()
@@ -266,9 +259,9 @@ def spoiled(image, chance):
 def train_judge(dataset, seed=0, device="cpu"):
     """A Judge of these images, repeatable by seed.
 
-    It names captions, where a few have enough images each; else by how many quarter
-    turns an image was rotated (Gidaris et al. 2018). It also tells images from spoiled
-    ones: features of captions alone hardly see a blurred sky."""
+    It names captions, where a few have enough images each; else by how many quarter turns an
+    image was rotated (Gidaris et al. 2018). It also tells images from spoiled ones: features of
+    captions alone hardly see a blurred sky."""
     counts = collections.Counter(dataset.captions)
     task, classes = "rotations", ["0", "90", "180", "270"]
     if 2 <= len(counts) <= JUDGE["captions"] and min(counts.values()) >= JUDGE["each"]:
@@ -305,11 +298,9 @@ def train_judge(dataset, seed=0, device="cpu"):
 
 
 def open_judge(out, dataset, seed=0, device="cpu"):
-    """The judge in out/judge.pt if the same
-    recipe and data made it, else a new one.
+    """The judge in out/judge.pt if the same recipe and data made it, else a new one.
 
-    Under torchrun every process trains it, so
-    none waits; then all take process 0's."""
+    Under torchrun every process trains it, so none waits; then all take process 0's."""
     path = os.path.join(out, "judge.pt")
     recipe = [inspect.getsource(part) for part in (Judge, spoiled, train_judge)]
     made_from = {"data": dataset.fingerprint, "size": dataset.size, "seed": seed,
@@ -328,9 +319,8 @@ def open_judge(out, dataset, seed=0, device="cpu"):
 
 
 def corrupted(images, damage, strength, chance):
-    """uint8 images [B, 3, S, S], damaged. noise: standard
-    deviation in [-1, 1]; blur: Gaussian, in 32nds of the side;
-    shuffle: share of the 4x4 patches that change places."""
+    """uint8 images [B, 3, S, S], damaged. noise: standard deviation in [-1, 1]; blur: Gaussian,
+    in 32nds of the side; shuffle: share of the 4x4 patches that change places."""
     B, _, S, _ = images.shape
     x = to_float(images)
     if damage == "noise":
@@ -354,12 +344,11 @@ def corrupted(images, damage, strength, chance):
 
 
 def validate_judge(features, images, seed=0):
-    """Can a distance in these features be
-    trusted? features: uint8 images -> [B, f].
+    """Can a distance in these features be trusted? features: uint8 images -> [B, f].
 
-    One half of real images, damaged, is compared with the other half. ->
-    dict: real (distance of the halves); three distances for each of DAMAGES;
-    ratio (mildest damage over real); ok (all rise, ratio is 20 or more)"""
+    One half of real images, damaged, is compared with the other half. -> dict: real (distance of
+    the halves); three distances for each of DAMAGES; ratio (mildest damage over real); ok (all
+    rise, ratio is 20 or more)"""
     chance = torch.Generator().manual_seed(seed)
     half = len(images) // 2
     target = moments(features(images[half:2 * half]))
@@ -381,8 +370,7 @@ def validate_judge(features, images, seed=0):
 def evaluate_row(row, first, bench):
     """Figures, and six images [6, 3, S, S] with their ranks [6, N].
 
-    `first` is the first row. Processes share the
-    batches, and all get the same result."""
+    `first` is the first row. Processes share the batches, and all get the same result."""
     features, figures, shown = draw_images(row, bench)
     about = row.model.about
     figures.update(compare_features(features, bench), name=row.name, train_steps=about["step"],
@@ -398,9 +386,8 @@ def mean_and_error(x):
 
 
 def my_batches(count, bench, phase, title):
-    """(slice, generator) of each batch that this process
-    computes. The generator depends on the batch alone:
-    not on the row, nor on the number of processes."""
+    """(slice, generator) of each batch that this process computes. The generator depends on the
+    batch alone: not on the row, nor on the number of processes."""
     process, world = join(bench.device)
     starts = range(process * BATCH, count, world * BATCH)
     with progress(len(starts), f"{title} {phase}", "batch") as bar:
@@ -450,8 +437,7 @@ def draw_images(row, bench):
 
 
 def compare_features(features, bench):
-    """Figures: distances of drawn to held-out
-    features, means over sets of n."""
+    """Figures: distances of drawn to held-out features, means over sets of n."""
     sets = []
     for part in features.split(bench.n):
         drawn = moments(part)
@@ -493,9 +479,8 @@ def complete_images(row, bench):
 
 @torch.inference_mode()
 def score_images(row, first, bench):
-    """Figures: nats of held-out images, and what their
-    orders look like. With every cell given, `generate` only
-    chooses the order, from the past, as when it draws."""
+    """Figures: nats of held-out images, and what their orders look like. With every cell given,
+    `generate` only chooses the order, from the past, as when it draws."""
     keep = torch.ones(row.model.N, dtype=torch.bool)
     parts = []
     for batch, generator in my_batches(len(bench.tokens[:bench.n]), bench, "score", row.name):
@@ -531,8 +516,7 @@ def order_figures(rank, labels, config):
 
 
 def step_length(order, cols):
-    """Mean distance between successive cells.
-    Raster on 3x3: (6 + 2 sqrt(5)) / 8."""
+    """Mean distance between successive cells. Raster on 3x3: (6 + 2 sqrt(5)) / 8."""
     order = order.cpu()
     down, right = (order // cols).diff(dim=1), (order % cols).diff(dim=1)
     return torch.hypot(down.double(), right.double()).mean().item()
@@ -551,11 +535,10 @@ def touching(rank, rows, cols):
 
 
 def drawn_before(rank, labels, first, second, rows, cols):
-    """How often `first` is drawn before `second`
-    where an image has both; 0.5 is chance.
+    """How often `first` is drawn before `second` where an image has both; 0.5 is chance.
 
-    Names of SUNSET_LABELS. The time of a thing is the mean rank of its
-    pixels. rank [B, N], labels [B, S, S]. None if no image has both."""
+    Names of SUNSET_LABELS. The time of a thing is the mean rank of its pixels. rank [B, N],
+    labels [B, S, S]. None if no image has both."""
     grid = rank.cpu().view(-1, 1, rows, cols).double()
     step = F.interpolate(grid, size=labels.shape[1:])[:, 0]  # [B, S, S]
 
@@ -572,8 +555,7 @@ def drawn_before(rank, labels, first, second, rows, cols):
 def open_rows(texts, out, tokenizer, device):
     """["MODEL.pt:ORDER@S", ...] -> rows; without texts, of all models in `out`.
 
-    UserError for models of another tokenizer, and
-    for orders that a model does not know."""
+    UserError for models of another tokenizer, and for orders that a model does not know."""
     names = [*FIXED_ORDERS, "anyorder", *(f"ordered_{order}" for order in FIXED_ORDERS),
              "ordered_class", "ordered"]
     paths = [os.path.join(out, f"{name}.pt") for name in names]
@@ -601,8 +583,7 @@ def open_rows(texts, out, tokenizer, device):
 
 
 def open_row(path, model, order, steps, open_model):
-    """name, model, steps (0: a cell a step), nats
-    (so far None), and how it draws."""
+    """name, model, steps (0: a cell a step), nats (so far None), and how it draws."""
     name = os.path.splitext(os.path.basename(path))[0] + f":{order}"
     if steps:
         name += f"@{steps}"
@@ -617,8 +598,8 @@ def open_row(path, model, order, steps, open_model):
 
 
 def open_bench(args, rows, tokenizer, device):
-    """The flags; tokenizer, judge, lpips_net; features (uint8 images -> [B,
-    f]); names of the measures; the held-out images, see read_held_out."""
+    """The flags; tokenizer, judge, lpips_net; features (uint8 images -> [B, f]); names of the
+    measures; the held-out images, see read_held_out."""
     size, about = tokenizer.config["size"], rows[0].model.about
     path = args.data or about["data"]
     train, test = open_data(path, size, "train"), open_data(path, size, "test")
@@ -652,10 +633,10 @@ def open_bench(args, rows, tokenizer, device):
 
 @torch.inference_mode()
 def read_held_out(test, bench):
-    """Into `bench`, of h held-out images in a fixed random order: captions,
-    tokens [h, N], features `real` [h, f] and their moments; `recon`,
-    moments of the reconstructions; images (uint8) and labels (of sunsets)
-    of the first few; floor, the distance expected of n perfect images."""
+    """Into `bench`, of h held-out images in a fixed random order: captions, tokens [h, N],
+    features `real` [h, f] and their moments; `recon`, moments of the reconstructions; images
+    (uint8) and labels (of sunsets) of the first few; floor, the distance expected of n perfect
+    images."""
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(bench.seed))
     some = some[:max(HELD_OUT, bench.n)].tolist()
     parts = []
@@ -685,8 +666,7 @@ def read_held_out(test, bench):
 
 
 def table(results, columns):
-    """Dicts as lines of text; columns {key:
-    (heading, format)}, without empty ones."""
+    """Dicts as lines of text; columns {key: (heading, format)}, without empty ones."""
     stacks = [["", *(row["name"] for row in results)]]
     for key, (heading, form) in columns.items():
         values = [row.get(key) for row in results]
@@ -831,8 +811,7 @@ LINEAR = {f"lin{i}.model.1.weight": (1, channels, 1, 1)
 
 
 def load_weights(paths, size, device="cpu"):
-    """What the files hold, see `recognised`, and
-    "lpips": its name and network."""
+    """What the files hold, see `recognised`, and "lpips": its name and network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls TorchScript outdated
         found = dict(recognised(path, device) for path in paths)
@@ -847,9 +826,9 @@ def load_weights(paths, size, device="cpu"):
 
 
 def recognised(path, device):
-    """("inception", (name of its distance, function of uint8 images)),
-    ("alexnet", network) or ("linear", its weights for `lpips`). UserError
-    unless all names and shapes fit: distances would be plausible and wrong."""
+    """("inception", (name of its distance, function of uint8 images)), ("alexnet", network) or
+    ("linear", its weights for `lpips`). UserError unless all names and shapes fit: distances
+    would be plausible and wrong."""
     with contextlib.suppress(Exception), torch.no_grad():
         net = torch.jit.load(path, map_location=device).eval()
 
@@ -888,11 +867,11 @@ SECONDS = 8                  # for each comparison; or five rounds if they take 
 
 
 def compared(device, name, unit, ways):
-    """A row for each of ways {what: (amount, function)}: median
-    amount per second, and how many times the first way's this is.
+    """A row for each of ways {what: (amount, function)}: median amount per second, and how many
+    times the first way's this is.
 
-    They are called in turn, so that a slow moment of the machine meets all of them.
-    They go there and back (1 2 3 3 2 1 ...), so that none always runs after the same one."""
+    They are called in turn, so that a slow moment of the machine meets all of them. They go there
+    and back (1 2 3 3 2 1 ...), so that none always runs after the same one."""
     turns = list(ways)
     times = {way: [] for way in ways}
     wait = getattr(torch, device.type).synchronize  # a GPU answers before it has finished
@@ -983,8 +962,7 @@ def model_speed(device, dtype, sizes):
 
 
 def memory_use(device, dtype, sizes):
-    """Of attention, beside its inputs, its output
-    and their gradients: counted, so no noise."""
+    """Of attention, beside its inputs, its output and their gradients: counted, so no noise."""
     B, heads, T, d = LONG
     q, k, v, grad = torch.randn(4, B, heads, T, d, device=device).to(dtype)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -1002,8 +980,7 @@ def memory_use(device, dtype, sizes):
 
 
 def speed_table(device, out):
-    """Prints all rows and writes out/speed.json.
-    Needs about 20 GB of memory on a GPU."""
+    """Prints all rows and writes out/speed.json. Needs about 20 GB of memory on a GPU."""
     writable(out)
     dtype, sizes = precision(device), SIZES.get(device.type, SIZES["cpu"])
     rows = []

@@ -74,10 +74,10 @@ def given_first(order, model, generator):
     """
     B, N = order.shape
     # project the cells onto a random direction: the first `given` along it come first
-    across = places(model) @ torch.randn(2, B, generator=generator)    # [N, B]
+    across = places(model) @ torch.randn(2, B, generator=generator)  # [N, B]
     partial = torch.rand(B, 1, generator=generator) < GIVEN
     given = partial * (N * torch.rand(B, 1, generator=generator)).long()
-    position = rank_of(across.T.argsort(1))                         # [B, N], by cell
+    position = rank_of(across.T.argsort(1))  # [B, N], by cell
     later = position >= given
     # a stable sort of False and True, by step, keeps the order on each side
     sides = later.gather(1, order).int().argsort(dim=1, stable=True)
@@ -94,7 +94,7 @@ def train(model, data, rows, args, checkpoint, state):
     """
     device = model.hop.device
     process, world = join(device)
-    share = slice(process, None, world)     # of each batch, this process takes a part
+    share = slice(process, None, world)  # of each batch, this process takes a part
     optimizers = make_optimizers(model, args.lr, state["dtype"])
     for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
         optimizer.load_state_dict(saved)
@@ -118,7 +118,7 @@ def train(model, data, rows, args, checkpoint, state):
             row, order, captioned, weight = [part[share].to(device) for part in parts]
             with autocast(device, state["dtype"]):
                 words = data["words"][row] * captioned
-                token_nats, cell_nats = ddp(data["tokens"][row], words, order)      # [B, N]
+                token_nats, cell_nats = ddp(data["tokens"][row], words, order)  # [B, N]
                 content = token_nats.mean()
                 location = (cell_nats * weight).mean()
             # each round restarts the learning rate
@@ -233,13 +233,20 @@ def parse():
     return args
 
 
+def save_best(path, model, state, before, about):
+    """Writes the best model of the run. `before`: what the file of the any-order model tells."""
+    best = state["best"]
+    model.load_state_dict(best["model"])
+    kept = {key: before[key] for key in ("limit", "data", "captions")}
+    tokens_seen = before["tokens_seen"] + best["step"] * about["batch"] * model.N
+    save_model(path, model, **kept, **about, held_out=best["held_out"], tokens_seen=tokens_seen,
+               step=before["step"] + best["step"], seconds=before["seconds"] + state["seconds"])
+
+
 def main():
     args = parse()
     device = pick_device(args.device)
-    process, world = join(device)
-    if args.batch % world:
-        raise UserError(f"--batch {args.batch} cannot be split over {world} processes: "
-                        f"give a multiple of {world}")
+    process, world = join(device, args.batch)
     writable(args.out)
     data = open_tokens(args.out, args.data)
     source = os.path.join(args.out, "anyorder.pt")
@@ -264,7 +271,7 @@ def main():
         print(f"orders.pt was inferred by another model than {printable(source)}")
     orders = {"order": order.short(), "check_order": check_order.short()}
     state = checkpoint.state or {**new_state(device), **orders, "model": start.state_dict()}
-    torch.manual_seed(args.seed)    # for the order head, which is new
+    torch.manual_seed(args.seed)  # for the order head, which is new
     model = AnyOrder({**start.config, "order_head": True}).to(device)
     model.load_state_dict(state.pop("model"), strict=False)
     data["words"] = read_captions(model, data)
@@ -277,22 +284,15 @@ def main():
     train(model, data, rows, args, checkpoint, state)
     if process:
         return
-    best, about = state["best"], start.about
-    model.load_state_dict(best["model"])
-    save_model(
-        target + ".pt", model,
-        made_from=made_from, order=args.order, batch=args.batch,
-        step=about["step"] + best["step"],
-        tokens_seen=about["tokens_seen"] + best["step"] * args.batch * model.N,
-        seconds=about["seconds"] + state["seconds"],
-        held_out=best["held_out"],
-        **{key: about[key] for key in ("limit", "data", "captions")},
-        **{key: file[key] for key in ("caption_rank", "mean_rank") if file},
-        **{key: file["config"][key] for key in ("score", "distance") if file})
+    about = {"made_from": made_from, "order": args.order, "batch": args.batch}
+    if file:
+        about.update({key: file[key] for key in ("caption_rank", "mean_rank")})
+        about.update({key: file["config"][key] for key in ("score", "distance")})
+    save_best(target + ".pt", model, state, start.about, about)
     checkpoint.done()
     loss_curve(state["history"], target + "_loss.png")
     learned = "learned" if args.order == "inferred" else args.order
-    print(f"{printable(target)}.pt: {best['held_out']:.3f} nats per token held out, "
+    print(f"{printable(target)}.pt: {state['best']['held_out']:.3f} nats per token held out, "
           f"{state['seconds']:.0f} s\nnext: "
           + command_line("sample.py", "--model", target + ".pt", "--order", learned))
 

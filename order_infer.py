@@ -117,15 +117,15 @@ def visit(drawing, free, counts, choose, fill):
     order = []
     for n in counts:
         value, logits = choose(free)
-        choice = best_apart(value, free, n, crowd)      # [B, n] indices into free
-        cell = free.gather(1, choice)                   # [B, n]
+        choice = best_apart(value, free, n, crowd)  # [B, n] indices into free
+        cell = free.gather(1, choice)  # [B, n]
         # place takes indices into the cells that were looked at: all free cells ...
         looked = choice
         if logits is None:
             # ... or only the chosen ones
             logits = drawing.look(cell)
             looked = torch.arange(n, device=free.device).expand_as(choice)
-        logits = torch.take_along_dim(logits, looked[..., None], 1)     # [B, n, V]
+        logits = torch.take_along_dim(logits, looked[..., None], 1)  # [B, n, V]
         drawing.place(looked, fill(cell, logits))
         order.append(cell)
         free = without(free, choice)
@@ -271,7 +271,7 @@ def picture(images, rank, mean_rank, rows, cols):
     columns = [images, order_maps(rank, rows, cols, size)]
     for part in (0.25, 0.5, 0.75):
         drawn = (rank < part * rows * cols).view(-1, 1, rows, cols)
-        columns.append(torch.where(grow(drawn, size // rows), images, 150))     # the rest is grey
+        columns.append(torch.where(grow(drawn, size // rows), images, 150))  # the rest is grey
     return sheet(torch.stack(columns, 1).flatten(0, 1), 10, max(1, 96 // size))
 
 

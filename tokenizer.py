@@ -78,21 +78,21 @@ class Tokenizer(nn.Module):
         width, fine = config["width"], config["fine"]
         self.rows = self.cols = config["size"] // f
         half = f // 2
-        self.encoder = nn.Sequential(              # [B, 3, H, W]
-            nn.PixelUnshuffle(f),                  # [B, 3 f f, rows, cols]
-            nn.Conv2d(3 * f * f, width, 1),        # [B, width, rows, cols]
+        self.encoder = nn.Sequential(  # [B, 3, H, W]
+            nn.PixelUnshuffle(f),  # [B, 3 f f, rows, cols]
+            nn.Conv2d(3 * f * f, width, 1),  # [B, width, rows, cols]
             Block(width),
-            nn.Conv2d(width, dim, 1))              # [B, dim, rows, cols]
+            nn.Conv2d(width, dim, 1))  # [B, dim, rows, cols]
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 3, padding=1),   # [B, width, rows, cols]
+            nn.Conv2d(dim, width, 3, padding=1),  # [B, width, rows, cols]
             Block(width),
             Block(width),
             nn.Conv2d(width, 4 * fine, 1),
-            nn.PixelShuffle(2),                    # [B, fine, 2 rows, 2 cols]
+            nn.PixelShuffle(2),  # [B, fine, 2 rows, 2 cols]
             Block(fine),
             Block(fine),
             nn.Conv2d(fine, 3 * half * half, 3, padding=1),
-            nn.PixelShuffle(half))                 # [B, 3, H, W]
+            nn.PixelShuffle(half))  # [B, 3, H, W]
         self.register_buffer("codebook", torch.randn(V, dim))
         # Running means, see move_codes. The counts are 0 until k-means gives the first codes.
         self.register_buffer("count", torch.zeros(V))
@@ -111,7 +111,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens):
         """Tokens [B, N], any integer dtype -> images [B, 3, H, W], float in [-1, 1]."""
-        codes = self.codebook[tokens.long()]       # [B, N, dim]
+        codes = self.codebook[tokens.long()]  # [B, N, dim]
         return self.pixels(codes.unflatten(1, (self.rows, self.cols))).clamp(-1, 1)
 
     def latents(self, images):
@@ -141,13 +141,13 @@ class Tokenizer(nn.Module):
 
     def loss(self, images, step, seed=0):
         """The loss of training step `step`, a scalar. It also moves the codebook."""
-        z = self.latents(images)                   # [B, rows, cols, dim]
+        z = self.latents(images)  # [B, rows, cols, dim]
         if step < self.warmup:
             return picture_loss(self.pixels(z), images)
         if not self.count.any():
             self.first_codes(z.detach().flatten(0, 2), seed)
-        tokens = self.nearest(z.detach())          # [B, rows, cols]
-        code = self.codebook[tokens]               # [B, rows, cols, dim]
+        tokens = self.nearest(z.detach())  # [B, rows, cols]
+        code = self.codebook[tokens]  # [B, rows, cols, dim]
         # Straight-through: forward this is `code`, backward it is z. Argmin has no gradient:
         # without this line the encoder would learn nothing from the decoder.
         through = z + (code - z).detach()
@@ -484,7 +484,7 @@ class Muon(torch.optim.Optimizer):
             # The momenta of all weights of the group are one tensor, kept with the first.
             momentum = self.state[weights[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 0.05)
-            ahead = momentum.lerp(grad, 0.05).flatten(2).to(self.dtype)     # [n, i, j]
+            ahead = momentum.lerp(grad, 0.05).flatten(2).to(self.dtype)  # [n, i, j]
             length = 0.2 * max(ahead.shape[1:]) ** 0.5 * lr
             for w, turn in zip(weights, orthogonal(ahead).float().view_as(grad)):
                 w.mul_(1 - 0.05 * lr).add_(turn, alpha=-length)
