@@ -532,7 +532,7 @@ def starting_state(checkpoint, model, target, settings, args, device):
     if args.resume and not checkpoint.state:
         finished = load_model(target, device)
         about = finished.about
-        same = finished.config == model.config and about["made_from"] == settings["made_from"]
+        same = finished.config == model.config and about["made_from"] == settings["tokens.pt"]
         if not same or args.steps <= about["steps"]:
             raise UserError(f"{printable(target)} is a finished run of {about['steps']} steps: "
                             "give the same flags and more --steps to train it longer, or leave "
@@ -578,14 +578,14 @@ def main():
     args = parse()
     device = pick_device(args.device)
     process, world = join(device, args.batch)
-    writable(args.out)
     data = tokens_for(args, world)
+    writable(args.out)
     tokenizer = open_tokenizer(args.out, data, device)
     model = new_model(data, tokenizer, args, device)
     name = "anyorder" if args.order == "random" else args.order
     target = os.path.join(args.out, name + ".pt")
     made_from = {**data["made_from"], "tokens": data["fingerprint"]}
-    settings = {**model.config, "made_from": made_from, "optimizer": "Muon"}
+    settings = {**model.config, "tokens.pt": made_from, "optimizer": "Muon"}
     for flag in ("order", "batch", "lr", "limit", "seed"):
         settings[flag] = getattr(args, flag)
     unfinished = os.path.join(args.out, name + "_resume.pt")
@@ -605,8 +605,8 @@ def main():
     loss_curve(state["history"], os.path.join(args.out, name + "_loss.png"), math.log(model.V))
     captions = show(model, tokenizer, data, args, os.path.join(args.out, name + ".png"))
     print(f"{printable(target)}: {best['held_out']:.3f} nats per token held out, "
-          f"{state['seconds']:.0f} s\n"
-          f"{printable(args.out)}/{name}.png: samples of {', '.join(map(repr, captions[:8]))}, ...")
+          f"{state['seconds']:.0f} s")
+    print(f"{printable(args.out)}/{name}.png: samples of {captions[:4]} and others")
     if name == "anyorder":
         print("next: " + command_line("order_infer.py", "--out", args.out))
 
@@ -651,10 +651,12 @@ def load_model(path, device="cpu"):
     foreign file."""
     name = os.path.splitext(os.path.basename(path))[0]
     script, _, order = name.partition("_")
-    maker = "python finetune.py" if script == "ordered" else "python anyorder.py"
+    script = "finetune.py" if script == "ordered" else "anyorder.py"
+    flags = ["--out", os.path.dirname(path) or "."]
     order = order or name
     if order in FIXED_ORDERS or order == "class":
-        maker += f" --order {order}"
+        flags = ["--order", order, *flags]
+    maker = command_line(script, *flags)
     file = load(path, "model", maker)
     model = restore(AnyOrder, file, path, maker)
     model.about = {key: value for key, value in file.items() if key not in ("model", "config")}

@@ -17,6 +17,7 @@ the names, sizes and captions of its images.
 The second half is the toolbox of all scripts. Not here: augmentation, downloads, training.
 """
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -142,6 +143,9 @@ class Folder(torch.utils.data.Dataset):
             for name, caption in self.all_captions.items()])
         self.mine = [name for name in names if split_of(name, roles) == split]
         self.notes = []
+        nameless = len(metadata.keys() - self.all_captions.keys())
+        if nameless:
+            self.notes.append(f"{nameless:,} rows of metadata name no image here")
         if roles:
             sides = [f"{top or '.'}/ -> {role}" for top, role in roles.items()]
             self.notes.append("split: " + ", ".join(sides))
@@ -276,7 +280,10 @@ def read_metadata(root, files):
                     image = posixpath.join(folder, str(row["file_name"]).replace("\\", "/"))
                     text = one_line(str(row["text"] or ""))
                     captions.setdefault(posixpath.normpath(image), text)
-        except (csv.Error, KeyError, TypeError, ValueError) as error:
+        except KeyError:
+            raise UserError(f"{printable(path)} has {printable(', '.join(row))[:200]}: expected "
+                            "file_name and text") from None
+        except (csv.Error, TypeError, ValueError) as error:
             raise UserError(f"{printable(path)} cannot be read ({printable(error)[:200]}): expected"
                             ' file_name and text in each row, and quotes: "red, with a comma"'
                             ) from None
@@ -506,6 +513,7 @@ class Checkpoint:
                 raise UserError(f"{printable(path)} was begun with another {', '.join(other)}: "
                                 "repeat its flags, or leave out --resume")
             self.state = file["state"]
+            print(f"going on from {printable(path)}")
         signal.signal(signal.SIGINT, self.ask)
 
     def ask(self, *_):
@@ -640,7 +648,9 @@ def one_line(text):
     return " ".join(text.split())[:1000]
 
 
-CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
+# Characters of Chinese and Japanese, and the skin tones of emoji
+WORDS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U0001f3fb-\U0001f3ff"
+                   "\U00020000-\U0003ffff]")
 
 
 def words_of(caption):
@@ -652,7 +662,7 @@ def words_of(caption):
     for c in unicodedata.normalize("NFKC", caption).lower():
         # Letter, Number, Mark, Symbol (other) ...
         category = unicodedata.category(c)
-        if category == "So" or CJK.match(c):
+        if category == "So" or WORDS.match(c):
             text += f" {c} "
         elif category[0] in "LN" or category[0] == "M" and text[-1:].strip():
             text += c
@@ -920,6 +930,8 @@ def join(device, batch=0):
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend)
+            # a process that leaves without it may abort
+            atexit.register(dist.destroy_process_group)
         except ValueError as error:
             raise UserError(f"{printable(error)}: start with torchrun, or unset RANK") from None
         if not is_first():

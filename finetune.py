@@ -291,10 +291,9 @@ def main():
     save_best(target + ".pt", model, state, start.about, about)
     checkpoint.done()
     loss_curve(state["history"], target + "_loss.png")
-    learned = "learned" if args.order == "inferred" else args.order
     print(f"{printable(target)}.pt: {state['best']['held_out']:.3f} nats per token held out, "
           f"{state['seconds']:.0f} s\nnext: "
-          + command_line("sample.py", "--model", target + ".pt", "--order", learned))
+          + command_line("sample.py", "--out", args.out, "--model", target + ".pt"))
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def make_tokens(data="sunsets", out="out", size=32, downsample=4, codebook=512, 
     grid = dict(size=size, downsample=downsample, codebook=codebook)
     config = dict(grid, width=WIDTH, fine=FINE, dim=DIM)
     made_from = dict(data=train_set.fingerprint)
-    settings = dict(config, batch=batch, seed=seed, limit=limit, made_from=made_from)
+    settings = dict(config, batch=batch, seed=seed, limit=limit, **made_from)
     checkpoint = Checkpoint(out / "tokenizer_resume.pt", settings, resume, "python tokenizer.py")
 
     model = train(config, images, split, steps, batch, seed, device, checkpoint)
@@ -283,6 +283,8 @@ def open_images(data, out, size, downsample):
     if train_set.native and min(train_set.native) > size:
         larger = f": --size {2 * size} for more"
     print(f"trained at {size}x{size} ({cells}x{cells} cells){larger}")
+    if len(test_set) < 4:
+        print("evaluate.py needs 4 test images or more: put some into a folder test/")
     return train_set, test_set
 
 
@@ -369,7 +371,7 @@ def show(model, images, tokens, split, out):
 
 def load_tokenizer(path, device="cpu"):
     """The Tokenizer in a file that this script wrote: in eval mode, without gradients."""
-    made_by = "python tokenizer.py"
+    made_by = command_line("tokenizer.py", "--out", Path(path).parent)
     model = restore(Tokenizer, load(path, "tokenizer", made_by), path, made_by)
     return model.to(device).eval().requires_grad_(False)
 
@@ -396,7 +398,7 @@ def open_tokens(out, data=None):
     fingerprint    of the tokens
     """
     path = Path(out) / "tokens.pt"
-    saved = load(path, "tokens", "python tokenizer.py")
+    saved = load(path, "tokens", command_line("tokenizer.py", "--out", out))
     if data and open_data(data).fingerprint != saved["made_from"]["data"]:
         raise UserError(f"{printable(path)} was made from other data than {printable(data)} is now:"
                         f" give another --out, or remove {printable(out)}")
