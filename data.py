@@ -219,6 +219,7 @@ HASHED = "a tenth is held out"
 
 
 def top_folder(name):
+    """The first folder of a relative name, in lower case: "train" of "Train/cats/1.png"."""
     return posixpath.dirname(name).split("/")[0].lower()
 
 
@@ -238,6 +239,7 @@ def split_folders(names):
 
 
 def split_of(name, roles):
+    """One of "train", "test", "left out": by the folder, else by the hash of the name."""
     role = roles.get(top_folder(name), HASHED)
     if role == HASHED:
         return "test" if in_test_split(name) else "train"
@@ -245,6 +247,7 @@ def split_of(name, roles):
 
 
 def caption_of(root, name, metadata, roles):
+    """The caption of an image: see Folder."""
     if name in metadata:
         return metadata[name]
     beside = os.path.join(root, posixpath.splitext(name)[0] + ".txt")
@@ -396,6 +399,7 @@ def sunset_kind(index):
 
 
 def sunset_caption(index):
+    """Such as "low red sun on the left two clouds"."""
     _, clouds, place, height, colour = sunset_kind(index)
     return f"{height} {colour} sun {place} {clouds}"
 
@@ -594,6 +598,8 @@ def run(main):
 
 
 class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
     def error(self, message):
         raise UserError(f"{printable(message)}: {self.prog} --help lists the flags")
 
@@ -967,10 +973,12 @@ def in_turn(parts):
 
 
 def bump(v, centre, width):
+    """A bell of height 1 around `centre`."""
     return np.exp(-((v - centre) / width) ** 2)
 
 
 def unit(v):
+    """Clipped to 0..1."""
     return np.minimum(np.maximum(v, 0), 1)
 
 
@@ -980,10 +988,12 @@ def edge(s, distance, width=0.0):
 
 
 def tint(s, alpha, colour):
+    """Mixes a colour into the picture: alpha [H, W] in 0..1."""
     s.picture += alpha * (colour - s.picture)
 
 
 def paint(s, alpha, colour, name, threshold=0.5):
+    """The same, and where alpha is above the threshold the label becomes `name`."""
     tint(s, alpha, colour)
     np.copyto(s.labels, SUNSET_LABELS.index(name), where=alpha > threshold)
 
@@ -1003,6 +1013,7 @@ def paint_sky(s):
 
 
 def paint_sun(s):
+    """A disc, bright in its middle."""
     away = np.sqrt((s.x - s.sun_x) ** 2 + (s.y - s.sun_y) ** 2)
     outwards = 0.1 + 0.5 * np.minimum(away / s.radius, 1) ** 3
     paint(s, edge(s, s.radius - away), s.core + (s.rim - s.core) * outwards, "sun")
@@ -1134,6 +1145,7 @@ def list_files(root):
 
 
 def ending(name):
+    """The ending ".png" of "a/B.PNG"."""
     return posixpath.splitext(name)[1].lower()
 
 

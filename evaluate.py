@@ -382,6 +382,7 @@ def evaluate_row(row, first, bench):
 
 
 def mean_and_error(x):
+    """(mean, standard error of it)."""
     return x.mean().item(), x.std().item() / math.sqrt(len(x))
 
 
@@ -692,6 +693,7 @@ def draw_comparison(shown, captions, config, path):
 
 
 def print_report(report):
+    """Prints results.json: its tables and what to think of them."""
     rows, judge, floor = report["rows"], report["judge"], report["floor"]
     columns = {**COLUMNS, "frechet": (report["distance"], ".3f"), "lpips": (report["lpips"], ".4f")}
     print(table(rows, columns), table(rows, MORE), sep="\n\n")
@@ -715,6 +717,7 @@ def print_report(report):
 
 
 def parse():
+    """The flags of the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL.pt:ORDER",
                         help=f"ORDER: {', '.join(ORDERS)} or frozen; ORDER@S draws in S steps; "
@@ -775,6 +778,7 @@ def new_report(bench):
 
 
 def write_json(report, out, name):
+    """Writes a dict to the file `name` in `out`."""
     with replacing(os.path.join(out, name)) as file:
         file.write(json.dumps(report, indent=1).encode())
 
@@ -902,6 +906,7 @@ def masked_candidates(q, k, v, prefix_k, prefix_v):
 
 
 def attention_speed(device, dtype, sizes):
+    """Fused attention and candidates, beside the library."""
     for B, heads, T, d in sizes["attention"]:
         x = torch.randn(B, T, 3, heads, d, device=device).to(dtype).requires_grad_()
         grad = torch.randn(B, heads, T, d, device=device).to(dtype)
@@ -923,6 +928,7 @@ def attention_speed(device, dtype, sizes):
 
 
 def model_speed(device, dtype, sizes):
+    """A training step, order inference and drawing, of an untrained model."""
     config = {"rows": sizes["side"], "cols": sizes["side"], "codebook": 512, "words": ["a"],
               "width": sizes["width"], "layers": sizes["layers"], "caption_length": 8}
     model = anyorder.AnyOrder({**config, "order_head": False}).to(device)

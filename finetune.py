@@ -212,6 +212,7 @@ def first_orders(name, data, file, limit):
 
 
 def parse():
+    """The flags of the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--order", choices=("inferred", "class", *FIXED_ORDERS),
                         default="inferred", help="what to specialise in")

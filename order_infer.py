@@ -298,6 +298,7 @@ def shared_orders(model, tokens, words, dtype, process=0, world=1, **how):
 
 
 def parse():
+    """The flags of the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--model", default="",
                         help="the any-order model (default: OUT/anyorder.pt)")

@@ -453,6 +453,7 @@ def show(stem, picture, hidden, images, captions, rank, scores):
 
 
 def parse():
+    """The flags of the command line."""
     parser = arguments(__doc__, flags=("out", "seed", "device"))
     parser.add_argument("--model", default="",
                         help="a .pt file (default: OUT/ordered.pt, anyorder.pt or raster.pt)")

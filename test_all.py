@@ -264,7 +264,7 @@ def chain(tmp_path_factory):
 
 
 def test_order_and_rank_are_inverse_on_a_hand_worked_grid():
-    order = torch.tensor([[4, 1, 3, 5, 7, 0, 2, 6, 8]])     # centre, its four neighbours, the corners
+    order = torch.tensor([[4, 1, 3, 5, 7, 0, 2, 6, 8]])  # centre, its four neighbours, corners
     rank = torch.tensor([[5, 1, 6, 2, 0, 3, 7, 4, 8]])      # 5 1 6 / 2 0 3 / 7 4 8
     assert torch.equal(rank_of(order), rank)
     assert torch.equal(rank_of(rank), order)
@@ -1231,7 +1231,8 @@ def test_metadata_is_read_in_each_folder_and_as_json_lines_too(tmp_path):
 def test_metadata_that_cannot_be_read_is_one_line(tmp_path, kind, text):
     picture(tmp_path / "a.png")
     (tmp_path / f"metadata.{kind}").write_text(text)
-    with pytest.raises(UserError, match=f"metadata.{kind} (cannot be read|has image;words: expected)"):
+    message = f"metadata.{kind} (cannot be read|has image;words: expected)"
+    with pytest.raises(UserError, match=message):
         open_data(tmp_path)
 
 
@@ -2566,7 +2567,8 @@ class Shades:
 
 
 @pytest.mark.parametrize("captions, task", (
-    (20 * ["a", "b"], "captions"), (20 * ["a"], "rotations"), (20 * ["a", "b"] + ["c"], "rotations")))
+    (20 * ["a", "b"], "captions"), (20 * ["a"], "rotations"),
+    (20 * ["a", "b"] + ["c"], "rotations")))
 def test_the_judge_is_repeatable_and_decodes_an_image_once(monkeypatch, captions, task):
     monkeypatch.setitem(evaluate.JUDGE, "steps", 2)
     train = Shades(captions)
