@@ -49,12 +49,12 @@ import torch.nn.functional as F
 
 import anyorder
 from anyorder import FIXED_ORDERS, load_model, rank_of
-from data import (SUNSET_LABELS, VERSION, Sunsets, UserError, arguments, autocast, command_line,
-                  fingerprint, in_turn, join, load, number, open_data, pick_device, precision,
+from data import (SUNSET_LABELS, Sunsets, UserError, arguments, autocast, command_line, fingerprint,
+                  in_turn, is_first, join, load, number, open_data, pick_device, precision,
                   printable, progress, render_sunset, replacing, restore, run, save, seeded,
                   to_float, to_uint8, writable)
-from order_infer import infer_orders, order_maps
-from sample import ORDERS, check_order, frozen_policy, generate, named_mask, page
+from order_infer import grow, infer_orders, order_maps
+from sample import ORDERS, generate, named_mask, order_settings, page
 from tokenizer import load_tokenizer, update
 
 JUDGED = "Frechet (judge)"    # never called FID
@@ -310,11 +310,13 @@ def open_judge(out, dataset, seed=0, device="cpu"):
         file = load(path, "judge", "python evaluate.py")
         if file.get("made_from") == made_from:
             judge = restore(Judge, file, path, "python evaluate.py")
-    judge = judge or train_judge(dataset, seed, device)
+    new = judge is None
+    if new:
+        judge = train_judge(dataset, seed, device)
     judge.load_state_dict(in_turn([judge.cpu().state_dict()])[0])
-    if join(torch.device(device))[0] == 0:
-        save(path, {"kind": "judge", "version": VERSION, "config": judge.config,
-                    "made_from": made_from, "model": judge.state_dict()})
+    if new and is_first():
+        save(path, {"kind": "judge", "config": judge.config, "made_from": made_from,
+                    "model": judge.state_dict()})
     return judge.requires_grad_(False).eval().to(device)
 
 
@@ -468,9 +470,8 @@ def complete_images(row, bench):
                                  steps=row.steps, guidance=bench.guidance,
                                  generator=generator, **row.how)
             # what was given is the truth itself: only the drawn half counts
-            drawn = hidden.repeat_interleave(side, 0).repeat_interleave(side, 1)
-            images = to_uint8(bench.tokenizer.decode(filled))
-            images = torch.where(drawn.to(bench.device), images, truth)
+            drawn = grow(hidden, side).to(bench.device)
+            images = torch.where(drawn, to_uint8(bench.tokenizer.decode(filled)), truth)
             far.append(lpips(to_float(images), to_float(truth), bench.lpips_net).cpu())
         parts.append(torch.stack(far, 1))
     far = torch.cat(in_turn(parts))  # [m, 4]
@@ -588,13 +589,7 @@ def open_row(path, model, order, steps, open_model):
     name = os.path.splitext(os.path.basename(path))[0] + f":{order}"
     if steps:
         name += f"@{steps}"
-    policy = None
-    if order == "frozen":
-        # inferred by the any-order model, from whose choices the finetuned one has learned
-        order, policy = "inferred", frozen_policy(model, path, open_model)
-    check_order(model, path, order)
-    how = {"order": order, "policy": policy, "score": model.about.get("score", "confidence"),
-           "distance": model.about.get("distance", 0.0)}  # for `generate`
+    how = order_settings(model, path, order, open_model)
     return types.SimpleNamespace(name=name, model=model, steps=int(steps or 0), nats=None, how=how)
 
 

@@ -39,7 +39,8 @@ import time
 
 import torch
 
-from anyorder import Drawing, check_model, load_model, new_state, rank_of, split_rows
+from anyorder import (Drawing, check_model, load_model, new_state, rank_of, read_captions,
+                      split_rows)
 from data import (Checkpoint, UserError, arguments, autocast, command_line, fingerprint, in_turn,
                   join, load, number, pick_device, printable, progress, run, save, save_picture,
                   seeded, sheet, to_uint8, writable)
@@ -333,7 +334,7 @@ def main():
     train_rows, check_rows = split_rows(data, args.limit)
     index = torch.cat((train_rows, check_rows))
     captions = [data["captions"][i] for i in data["caption_index"][index].tolist()]
-    tokens, words = data["tokens"][index], model.read(captions)
+    tokens, words = data["tokens"][index], read_captions(model, data)[index.to(device)]
 
     rows, cols = model.config["rows"], model.config["cols"]
     how = {"score": args.score, "distance": args.distance}

@@ -206,6 +206,17 @@ def check_order(model, path, order):
             "python finetune.py for an order head (learned) and orders of captions (class)")
 
 
+def order_settings(model, path, order, open_model):
+    """The keyword arguments of `generate` for an order, with the score that the model of file
+    `path` was finetuned for. frozen: inferred, by the model that finetuning began with."""
+    policy = None
+    if order == "frozen":
+        order, policy = "inferred", frozen_policy(model, path, open_model)
+    check_order(model, path, order)
+    return {"order": order, "policy": policy, "score": model.about.get("score", "confidence"),
+            "distance": model.about.get("distance", 0.0)}
+
+
 def frozen_policy(model, path, open_model):
     """The any-order model that inferred the orders for finetuning: anyorder.pt beside the
     file `path` of the finetuned model. `open_model` loads it. UserError if it is another."""
@@ -494,18 +505,12 @@ def open_files(args, device):
 
 def settings(args, path, model):
     """(name of the order, keyword arguments of generate)"""
-    about = model.about
-    policy = None
+    trained = model.about["order"]
     sensible = {"random": "inferred", "inferred": "learned"}
-    name = order = args.order or sensible.get(about["order"], about["order"])
-    if name == "frozen":
-        order = "inferred"
-        policy = frozen_policy(model, path, lambda file: load_model(file, model.hop.device))
-    check_order(model, path, order)
-    return name, {
-        "order": order, "policy": policy, "score": about.get("score", "confidence"),
-        "distance": about.get("distance", 0.0), "steps": args.steps,
-        "temperature": args.temperature, "guidance": args.guidance}
+    name = args.order or sensible.get(trained, trained)
+    how = order_settings(model, path, name, lambda file: load_model(file, model.hop.device))
+    return name, {**how, "steps": args.steps, "temperature": args.temperature,
+                  "guidance": args.guidance}
 
 
 def captions_of(args, model):
