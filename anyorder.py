@@ -385,11 +385,12 @@ def one_of(p, generator=None):
 # -------------------------------------------------------------------------------------------------
 # 4. Training
 
-def train(model, data, args, device, checkpoint, state):
+def train(model, data, args, device, checkpoint, state, show_samples):
     """The any-order training loop. Every step takes new images and new orders.
 
     `state` holds what a run goes on from: step, seconds, history, best and dtype, and for a resumed
     run also model and optimizers. Returns it, with the best model so far in state["best"].
+    show_samples() draws some images with the model as it is.
     """
     process, world = join(device)
     tokens, words = data["tokens"].to(device), read_captions(model, data)
@@ -432,6 +433,8 @@ def train(model, data, args, device, checkpoint, state):
             state["history"] = state["history"] + [(step + 1, loss, value)]
             keep_best(state, model, value)
             bar.write(f"step {step + 1:5d}  loss {loss:.3f}  held out {value:.3f} nats per token")
+            if process == 0:
+                show_samples()
         checkpoint.after_step(now, step + 1)
     bar.close()
     return state
@@ -457,10 +460,11 @@ def new_state(device):
 
 
 @torch.no_grad()
-def held_out_loss(model, tokens, words, order, batch=256):
+def held_out_loss(model, tokens, words, order):
     """Mean nats per token, and per cell that the order head picks (None without one), of images
     that the model does not train on: (float, float or None)."""
     token_nats, cell_nats = [], []
+    batch = max(1, 2 ** 14 // model.N)  # 256 images of 64 cells at once
     for part in zip(tokens.split(batch), words.split(batch), order.split(batch)):
         of_tokens, of_cells = model(*part)
         token_nats.append(of_tokens)
@@ -593,7 +597,10 @@ def main():
     checkpoint = Checkpoint(unfinished, settings, args.resume, "python anyorder.py")
     state = starting_state(checkpoint, model, target, settings, args, device)
     describe(model, data, args, state, device)
-    state = train(model, data, args, device, checkpoint, state)
+    picture = os.path.join(args.out, name + ".png")
+    print(f"{printable(picture)}: samples, drawn anew at each report")
+    show_samples = functools.partial(show, model, tokenizer, data, args, picture)
+    state = train(model, data, args, device, checkpoint, state, show_samples)
     if process:
         return
     best = state["best"]
@@ -604,10 +611,10 @@ def main():
                data=data["config"]["data"], captions=data["captions"])
     checkpoint.done()
     loss_curve(state["history"], os.path.join(args.out, name + "_loss.png"), math.log(model.V))
-    captions = show(model, tokenizer, data, args, os.path.join(args.out, name + ".png"))
+    captions = show_samples()
     print(f"{printable(target)}: {best['held_out']:.3f} nats per token held out, "
           f"{state['seconds']:.0f} s")
-    print(f"{printable(args.out)}/{name}.png: samples of {captions[:4]} and others")
+    print(f"{printable(picture)}: samples of {captions[:4]} and others")
     if name == "anyorder":
         print("next: " + command_line("order_infer.py", "--out", args.out))
 

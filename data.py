@@ -60,6 +60,7 @@ NO_IMAGES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xml", ".md", ".ini", "
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 VERSION = 2             # of the .pt files
 SAVE_EVERY = 30         # seconds between two saves of an unfinished run
+MEASURED = 5            # seconds of work from which a bar tells how long the rest takes
 TOO_LARGE = "error: out of memory: try a smaller --batch, smaller images or a smaller model"
 
 # Pillow refuses twice as much, unread: a photo of 48 megapixels passes, larger ones are skipped.
@@ -853,12 +854,39 @@ def loss_curve(history, path, floor=None):
 
 
 def progress(total, title, unit, initial=0):
-    """A tqdm bar. Only the first process shows it, and a log file gets one line a minute."""
+    """A tqdm bar that soon says how long all will take.
+
+    Only the first process shows it, and a log file gets one line a minute.
+    """
     how = dict(dynamic_ncols=True)
     if not sys.stderr.isatty():
         how = dict(file=LogFile(), mininterval=60, maxinterval=60, miniters=1, ncols=80)
-    return tqdm(total=total, desc=title, unit=unit, initial=initial, delay=1,
-                disable=not is_first(), **how)
+    return Bar(total=total, desc=title, unit=unit, initial=initial, delay=1,
+               disable=not is_first(), **how)
+
+
+class Bar(tqdm):
+    """After MEASURED seconds of work it says, on a line that stays, how long the rest takes."""
+    told = False
+
+    def update(self, n=1):
+        super().update(n)
+        if self.disable or self.told or time.time() - self.start_t < MEASURED:
+            return
+        self.told = True
+        speed = (self.n - self.initial) / (time.time() - self.start_t)
+        left = (self.total - self.n) / speed
+        if left > MEASURED:
+            self.write(f"{self.desc}: about {duration(left)} on this machine")
+
+
+def duration(seconds):
+    """duration(130) == "2 minutes"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 class LogFile:

@@ -175,13 +175,14 @@ def head_orders(model, data, rows, args, steps, state):
     state["check_order"] = after.short()
     # losses in other orders do not compare
     state["best"]["held_out"] = math.inf
-    return rank_correlation(rank_of(before), rank_of(after))
+    return rank_correlation(rank_of(before), rank_of(after[:len(before)]))
 
 
 def held_out(model, data, rows, state):
     """(nats per token, per location) of the images to check on, in state["check_order"]."""
-    row, device = rows["check"], model.hop.device
+    device = model.hop.device
     order = state["check_order"].long().to(device)
+    row = rows["check"][:len(order)]
     with autocast(device, state["dtype"]):
         return held_out_loss(model, data["tokens"][row], data["words"][row], order)
 
@@ -204,7 +205,8 @@ def first_orders(name, data, file, limit):
         rows["first"] = rows["later"] = later = known
     if name == "inferred":
         rows["first"] = known
-        return rows, *file["order"].split((len(known), len(check)))
+        # of those to check on, the first have an inferred order
+        return rows, file["order"][:len(known)], file["order"][len(known):]
     index = data["caption_index"][torch.cat((later, check))].tolist()
     captions = [data["captions"][i] for i in index]
     order = specialised_orders(captions, file["caption_rank"], file["mean_rank"])

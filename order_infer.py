@@ -282,6 +282,12 @@ def images_at_once(model):
     return max(1, floats // (model.N * max(4 * model.config["width"], model.V)))
 
 
+def affordable(N):
+    """How many orders of N cells are inferred by default: with N^2 / 2 looks for each, they take
+    about as long as 4,000 of 64 cells."""
+    return max(1, round(4000 * (64 / N) ** 2))
+
+
 def shared_orders(model, tokens, words, dtype, process=0, world=1, **how):
     """infer_orders of tokens [n, N], batch by batch: yields orders [b, N] on the CPU.
 
@@ -306,8 +312,9 @@ def parse():
     parser.add_argument("--score", choices=SCORES, default="confidence", help="what comes first")
     parser.add_argument("--distance", type=number(float, 0), default=0.0,
                         help="pull towards the last cell, nats per grid diagonal")
-    parser.add_argument("--limit", type=number(int, 0), default=4000,
-                        help="orders of the first N training images, 0 for all")
+    parser.add_argument("--limit", type=number(int, 0), default=None,
+                        help="orders of the first N training images, 0 for all (default: 4000 of "
+                             "64 cells, 250 of 256: as many as take about the same time)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     return parser.parse_args()
 
@@ -331,7 +338,10 @@ def main():
     path = args.model or os.path.join(args.out, "anyorder.pt")
     model = load_model(path, device)
     check_model(model, path, data)
+    if args.limit is None:
+        args.limit = affordable(model.N)
     train_rows, check_rows = split_rows(data, args.limit)
+    check_rows = check_rows[:max(1, len(train_rows) // 4)]
     index = torch.cat((train_rows, check_rows))
     captions = [data["captions"][i] for i in data["caption_index"][index].tolist()]
     tokens, words = data["tokens"][index], read_captions(model, data)[index.to(device)]
@@ -348,7 +358,8 @@ def main():
     state = checkpoint.state or {**new_state(device), "order": nothing}
     dtype = state["dtype"]
     every = int((data["split"] == 0).sum())
-    print(f"orders for {len(train_rows):,} of {every:,} training images (--limit)")
+    print(f"orders for {len(train_rows):,} of {every:,} training images (--limit), "
+          f"{model.N * (model.N + 1) // 2:,} looks for each")
     start, done = time.time() - state["seconds"], len(state["order"])
     for found in shared_orders(model, tokens[done:], words[done:], dtype, process, world, **how):
         state["order"] = torch.cat((state["order"], found.short()))

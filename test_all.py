@@ -1072,15 +1072,54 @@ def test_anyorder_resumes_a_tokenizer_that_it_began(tmp_path, chain, monkeypatch
     assert (tmp_path / "anyorder.pt").exists()
 
 
-def test_the_chain_on_another_grid(tmp_path, cli):
-    pictures = picture_folder(tmp_path / "pictures")
+@pytest.mark.parametrize("size, cell, cells", ((20, 4, 25), (34, 2, 289)))
+def test_the_chain_on_other_grids(size, cell, cells, tmp_path, cli):
+    """Odd, and larger than a byte can count."""
+    pictures = picture_folder(tmp_path / "pictures", 16)
     out = "--out", tmp_path / "out"
-    cli.ok("tokenizer", *out, "--data", pictures, *STAGES["tokenizer"], "--size", 20)
+    grid = "--size", size, "--downsample", cell
+    cli.ok("tokenizer", *out, "--data", pictures, *STAGES["tokenizer"], *grid)
     for stage in ("anyorder", "order_infer", "finetune"):
         cli.ok(stage, *out, *STAGES[stage])
     cli.ok("sample", *out, "--n", 2, "--steps", 7)
-    cli.ok("evaluate", *out, "--n", 6)
-    assert load_model(tmp_path / "out/ordered.pt").N == 25
+    cli.ok("evaluate", *out, "--n", 4, "--models", tmp_path / "out/ordered.pt:learned")
+    model = load_model(tmp_path / "out/ordered.pt")
+    assert model.N == cells
+    order = torch.load(tmp_path / "out/orders.pt", weights_only=True)["order"]
+    assert torch.equal(order.sort(1).values.long(), torch.arange(cells).expand_as(order))
+
+
+def test_as_many_orders_are_inferred_as_take_the_same_time(chain, tmp_path, monkeypatch, cli):
+    assert [order_infer.affordable(N) for N in (64, 256, 1024)] == [4000, 250, 16]
+    looks = [order_infer.affordable(N) * N * N for N in (16, 25, 49, 100, 256)]
+    assert max(looks) < 1.01 * min(looks)
+    # few images: 8 of the 32, and a quarter as many of those to check on
+    monkeypatch.setattr(order_infer, "affordable", lambda N: 8 if N == 16 else 0)
+    out = start_of("order_infer", chain, tmp_path / "out")
+    printed = cli.ok("order_infer", "--out", out)
+    assert "orders for 8 of 3" in printed and "136 looks for each" in printed
+    split = tokenizer.open_tokens(out)["split"]
+    index = torch.load(out / "orders.pt", weights_only=True)["index"]
+    every = (split == 1).sum()
+    assert split[index].bincount().tolist() == [8, min(2, every)]
+    assert order_infer.load_orders(out, tokenizer.open_tokens(out))["config"]["limit"] == 8
+
+
+def test_samples_are_drawn_anew_at_each_report(chain, tmp_path, monkeypatch, cli):
+    out = start_of("anyorder", chain, tmp_path / "out")
+    seen = calls_of(monkeypatch, anyorder, "save_picture")
+    cli.ok("anyorder", "--out", out, *STAGES["anyorder"])
+    pictures = [picture.tobytes() for (path, picture), _ in seen if path.endswith("anyorder.png")]
+    # six reports, and the best model at the end: it gets better while one watches
+    assert len(pictures) == 7 and len(set(pictures)) > 4
+
+
+def test_a_blurred_tokenizer_says_what_helps(chain, tmp_path, monkeypatch, capsys):
+    how = dict(data=str(chain[0]), size=16, codebook=16, steps=2, batch=4, device="cpu")
+    for limit, told in ((99, True), (-99, False)):
+        monkeypatch.setattr(tokenizer, "BLURRED", limit)
+        make_tokens(out=tmp_path / str(told), **how)
+        assert ("--downsample" in capsys.readouterr().out) == told
 
 
 def test_an_order_of_ones_own_is_added_in_one_place(chain, tmp_path):
@@ -1520,6 +1559,28 @@ def test_progress_in_a_log_is_short_lines_and_only_of_the_first_process(monkeypa
     assert "\r" not in log.getvalue() and 10 < len(lines) < 20 and max(map(len, lines)) <= 90
     monkeypatch.setenv("RANK", "1")
     assert data.progress(1000, "training", "step").disable
+
+
+@pytest.mark.parametrize("before, done, seconds, line", (
+    (0, 10, 5, "training: about 8 minutes on this machine\n"),
+    # a resumed run: what was done before says nothing about the speed
+    (900, 10, 45, "training: about 7 minutes on this machine\n"),
+    # it is soon over; it has just begun
+    (0, 900, 6, ""), (0, 10, 2, "")))
+def test_a_bar_says_beforehand_how_long_it_takes(before, done, seconds, line, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with data.progress(1000, "training", "step", before) as bar:
+        bar.start_t -= seconds
+        bar.update(done)
+        assert capsys.readouterr().out == line
+        # once
+        bar.update()
+    assert not line or not capsys.readouterr().out
+
+
+def test_durations_are_in_units_that_one_can_read():
+    assert [data.duration(t) for t in (7.4, 89, 91, 600, 5399, 9000)] == [
+        "7 seconds", "89 seconds", "2 minutes", "10 minutes", "90 minutes", "2.5 hours"]
 
 
 # ---- files

@@ -43,6 +43,7 @@ LR = 3e-3        # peak learning rate, for both optimizers
 COMMIT = 0.25    # weight of the commitment loss |z - code|^2, which keeps z near the codes
 DECAY = 0.98     # per step, of the running means that are the codebook
 RARE = 0.05      # a code used less than this fraction of its fair share restarts
+BLURRED = 24     # PSNR in dB below which a remedy is printed
 CAPTION = 64     # words of a caption that are read, at most
 
 
@@ -360,7 +361,12 @@ def show(model, images, tokens, split, out):
     decibels = [psnr(model.decode(model.encode(some)), some)
                 for some in in_parts(model, images, rows)]
     part = ("training", "validation", "test")[last]
-    print(f"PSNR {torch.cat(decibels).mean():.2f} dB on {len(rows):,} {part} images")
+    decibels = torch.cat(decibels).mean()
+    print(f"PSNR {decibels:.2f} dB on {len(rows):,} {part} images")
+    if decibels < BLURRED:
+        print(f"that is blurred (below {BLURRED} dB), and no drawn image will be sharper than those "
+              "in reconstructions.png: try more --steps, --codebook 1024 or half the --downsample, "
+              "in another --out")
     rows = rows[::math.ceil(len(rows) / 32)]
     before = torch.cat(list(in_parts(model, images, rows)))
     after = model.decode(model.encode(before))
