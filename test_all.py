@@ -2691,6 +2691,27 @@ def test_damage_is_what_it_says():
 # evaluate.py: what an order does
 
 
+def test_the_mixture_over_all_orders_is_a_distribution_and_few_orders_are_a_bound():
+    """All 81 images of a 2x2 grid in all 24 orders: their probabilities sum to one. K orders give
+    a bound, on average over all choices of K; it falls with K and reaches the exact figure."""
+    model = tiny()
+    images = torch.tensor(list(itertools.product(range(3), repeat=4)))  # [81, 4]
+    orders = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]
+    log_p = torch.stack([model.log_probs(images, ["sun"] * 81, order.expand(81, 4)).double().sum(1)
+                         for order in orders])  # [24, 81]
+    exact = evaluate.mixture_nats(log_p)
+    assert exact.neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    means = [-log_p.mean(0)]
+    for K in (2, 3):
+        some = [evaluate.mixture_nats(log_p[list(rows)])
+                for rows in itertools.combinations(range(24), K)]
+        means.append(torch.stack(some).mean(0))
+    means.append(exact)
+    for looser, tighter in zip(means, means[1:]):
+        assert (looser > tighter).all()
+    assert (means[0] - exact).mean() > 0.01
+
+
 def test_step_length_and_touching_on_hand_worked_grids():
     raster = raster_order(2, 9)
     assert evaluate.step_length(raster, 3) == pytest.approx((6 + 2 * 5 ** 0.5) / 8)
@@ -2807,8 +2828,14 @@ def test_the_rows_of_all_models(evaluated, evaluation, monkeypatch):
         "raster:raster": 4, "anyorder:raster": 4, "anyorder:random": 4, "anyorder:inferred": 10,
         "ordered:learned": 4, "ordered:inferred": 10, "ordered:class": 4,
         "ordered:frozen": 14}
-    # random orders give a bound, and it is called one
+    # random orders give a bound, and it is called one; it has a column for single orders
     assert [name for name, row in rows.items() if row["nats_are"] == "bound"] == ["anyorder:random"]
+    assert [name for name, row in rows.items() if "nats_single" in row] == ["anyorder:random"]
+    row = rows["anyorder:random"]
+    assert row["nats"] < row["nats_single"] - 0.01
+    one = evaluation("--n", 10, "--orders", 1, "--models", evaluated / "anyorder.pt:random")["rows"]
+    assert one[0]["nats"] == pytest.approx(one[0]["nats_single"])
+    assert one[0]["nats"] > row["nats"]
     assert report["held_out"] == 30 and report["distance"] == "Frechet (judge)"
     assert Image.open(evaluated / "compare.png").width > 500
     # one seed, one table; only the speed differs
@@ -2833,7 +2860,7 @@ def test_a_row_agrees_with_its_definitions(evaluated, evaluation, monkeypatch):
     monkeypatch.setattr(evaluate, "read_held_out", reads)
     monkeypatch.setattr(evaluate, "generate", draws)
     path = evaluated / "anyorder.pt"
-    row, = evaluation("--n", 12, "--models", f"{path}:random")["rows"]
+    row, = evaluation("--n", 12, "--models", f"{path}:raster")["rows"]
     test, bench = held_out
     pick = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:30].tolist()
     images = torch.stack([test[i][0] for i in pick])
