@@ -435,11 +435,23 @@ def thinking(images, rank, scores, step, scale):
     return torch.where(grow(rank[:, None] < step, side), grow(images, scale), squares)
 
 
+def rank_colours(rank):
+    """rank [n, R, C] -> uint8 colours [n, 3, R, C], dark first."""
+    return colour_map(rank / max(1, int(rank.max()))).permute(0, 3, 1, 2)
+
+
 def film(path, images, rank, scores, scale):
-    """Writes a GIF of six seconds: images uint8 [n, 3, H, W] draw themselves."""
+    """Writes a GIF of six seconds: images uint8 [n, 3, H, W] draw themselves, and below each
+    its order, dark first."""
     cells = int(rank.max()) + 1
-    frames = [sheet(thinking(images, rank, scores, step, scale), len(images))
-              for step in sorted({round(i * cells / 64) for i in range(65)})]
+    side = scale * images.shape[2] // rank.shape[1]  # pixels of a cell
+    maps = grow(rank_colours(rank), side)
+    frames = []
+    for step in sorted({round(i * cells / 64) for i in range(65)}):
+        drawn = grow(rank[:, None] < step, side)
+        order = torch.where(drawn, maps, 225)
+        pictures = thinking(images, rank, scores, step, scale)
+        frames.append(sheet(torch.cat((pictures, order)), len(images)))
     times = [4000 // len(frames)] * (len(frames) - 1) + [2000]  # milliseconds
     with replacing(path) as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
@@ -453,8 +465,7 @@ def show(stem, picture, hidden, images, captions, rank, scores):
     columns = min(8, max(1, 8 * height // width))
     film(stem + ".gif", images[:columns], rank[:columns], scores, scale)
     labels = [f"{i:05d} {caption}" for i, caption in enumerate(captions[:len(images)])]
-    maps = colour_map(rank / max(1, int(rank.max()))).permute(0, 3, 1, 2)
-    maps = torch.where(hidden, grow(maps, height // rank.shape[1]), 225)  # grey: was given
+    maps = torch.where(hidden, grow(rank_colours(rank), height // rank.shape[1]), 225)  # grey: was given
     page(stem + "_order.png", maps, labels, columns, scale)
     if not hidden.all():
         given = torch.where(hidden, 128, picture)
