@@ -1105,6 +1105,29 @@ def test_as_many_orders_are_inferred_as_take_the_same_time(chain, tmp_path, monk
     assert order_infer.load_orders(out, tokenizer.open_tokens(out))["config"]["limit"] == 8
 
 
+def test_a_gif_shows_images_and_orders_as_they_grow(tmp_path):
+    """Two images of 2x2 cells of 4 pixels: white where drawn, and below each its order."""
+    rank = torch.tensor([[[0, 1], [2, 3]], [[3, 2], [1, 0]]])
+    images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    sample.film(tmp_path / "x.gif", images, rank, [], 3)
+    side, gap = 12, data.sheet(images[:1], 1).width - 8
+    assert gap % 2 == 0
+    gap //= 2
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 5
+        for step in range(5):
+            gif.seek(step)
+            frame = np.asarray(gif.convert("RGB")).astype(int)
+            for i, row, col in itertools.product(range(2), range(2), range(2)):
+                left = gap + i * (2 * side + gap) + col * side + side // 2
+                top = gap + row * side + side // 2
+                below = top + 2 * side + gap
+                drawn = bool(rank[i, row, col] < step)
+                assert (frame[top, left].min() > 250) == drawn
+                # grey is not yet drawn
+                assert (np.ptp(frame[below, left]) > 20) == drawn
+
+
 def test_samples_are_drawn_anew_at_each_report(chain, tmp_path, monkeypatch, cli):
     out = start_of("anyorder", chain, tmp_path / "out")
     seen = calls_of(monkeypatch, anyorder, "save_picture")
