@@ -567,7 +567,7 @@ def parse():
                         help="peak learning rate")
     parser.add_argument("--width", type=number(int, HEAD), default=128,
                         help=f"model width, a multiple of {HEAD}")
-    parser.add_argument("--layers", type=number(int, 1), default=6, help="transformer layers")
+    parser.add_argument("--layers", type=number(int, 1), default=4, help="transformer layers")
     parser.add_argument("--limit", type=number(int, 0), default=0,
                         help="train on the first N training images only (0: all)")
     parser.add_argument("--resume", action="store_true",

@@ -3219,7 +3219,11 @@ def test_ctrl_c_in_one_of_two_processes_or_its_death_ends_both(chain, tmp_path, 
     done = in_processes([line], third.format("SIGKILL"), processes=2, every=3)
     assert done.returncode and re.search(r"exitcode *: -9", done.stderr)
     assert "error: another process of this run has died" in done.stderr
-    assert "RuntimeError" not in done.stderr and files_of(two) == before
+    assert "RuntimeError" not in done.stderr
+    after = files_of(two)
+    # each report draws it anew
+    after["anyorder.png"] = before["anyorder.png"]
+    assert after == before
 
 
 @slow

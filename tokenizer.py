@@ -35,7 +35,7 @@ from data import (Checkpoint, Folder, UserError, alone, arguments, autocast, bat
                   precision, printable, progress, restore, run, save, save_picture, seeded, sheet,
                   to_float, words_of, writable)
 
-WIDTH = 96       # channels at the resolution of the tokens
+WIDTH = 64       # channels at the resolution of the tokens
 FINE = 32        # channels at twice that resolution, in the decoder
 DIM = 16         # dimensions of a code
 WARMUP = 40      # steps as a plain autoencoder; then k-means of its z gives the first codes
