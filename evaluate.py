@@ -713,7 +713,7 @@ def draw_comparison(shown, captions, config, path):
         tiles.append(torch.stack((images, maps), 1).flatten(0, 1))  # [12, 3, S, S]
         for caption in captions[:len(images)]:
             labels += [caption, name]
-    scale = max(1, 96 // tiles[0].shape[-1])
+    scale = math.ceil(96 / tiles[0].shape[-1])
     page(path, torch.cat(tiles), labels, len(tiles[0]), scale)
 
 

@@ -273,7 +273,7 @@ def picture(images, rank, mean_rank, rows, cols):
     for part in (0.25, 0.5, 0.75):
         drawn = (rank < part * rows * cols).view(-1, 1, rows, cols)
         columns.append(torch.where(grow(drawn, size // rows), images, 150))  # the rest is grey
-    return sheet(torch.stack(columns, 1).flatten(0, 1), 10, max(1, 96 // size))
+    return sheet(torch.stack(columns, 1).flatten(0, 1), 10, math.ceil(96 / size))
 
 
 def images_at_once(model):

@@ -1200,6 +1200,84 @@ def test_imports_point_up_only():
         assert not names & set(SCRIPTS[i:]), script
 
 
+def test_the_2x2_example_of_the_readme():
+    """A drawing that says what its table says: `visit` finds the same order and the same cost."""
+    readme = (HERE / "README.md").read_text()
+    lines = re.search(r"^ 0 (.*\n) 1 (.*\n) 2 (.*\n) 3 (.*\n)", readme, re.M).groups()
+    said, p = [], {}
+    for step, line in enumerate(lines):
+        *cells, surest, token, cost = re.split(" {2,}", line.strip())
+        for cell, text in enumerate(cells):
+            if "." in text:
+                p[step, cell] = [float(x) for x in text.split()]
+        cell, sure = re.fullmatch(r"cell (\d) \((\.\d\d)\)", surest).groups()
+        said.append((int(cell), float(sure), "ABC".index(token), float(cost.split(" = ")[1])))
+    image = torch.tensor([[0, 1, 2, 2]])
+    found = []
+
+    class Table:
+        model = SimpleNamespace(config={"rows": 2, "cols": 2})
+
+        def look(self, cells):
+            return torch.tensor([[p[len(found), cell] for cell in cells[0].tolist()]]).log()
+
+        def place(self, choice, token):
+            pass
+    drawing = Table()
+
+    def choose(free):
+        logits = drawing.look(free)
+        return location_scores(logits, "confidence", None), logits
+
+    def fill(cell, logits):
+        token = image.gather(1, cell)
+        found.append((cell.item(), logits.exp().max().item(), token.item(),
+                      -logits[0, 0, token].item()))
+        return token
+    order = order_infer.visit(drawing, torch.arange(4)[None], [1] * 4, choose, fill)
+    for ours, theirs in zip(found, said, strict=True):
+        assert ours == pytest.approx(theirs, abs=6e-4)
+    total = sum(cost for *_, cost in said)
+    assert f"The order is {' '.join(map(str, order[0].tolist()))}." in readme
+    assert f"{total:.3f} for this image, {total / 4:.3f} *nats per token*" in readme
+
+
+def test_the_readme_is_short_and_its_links_and_figures_hold():
+    readme = (HERE / "README.md").read_text()
+    assert len(readme.encode()) <= 15_000
+    for path in (HERE / "README.md", *(HERE / "assets").glob("*.md")):
+        text = path.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            name, _, heading = target.partition("#")
+            file = path.parent / name if name else path
+            assert file.exists(), (path.name, target)
+            # as a web page names the headings of a file
+            lines = file.read_text().splitlines() if heading else ["# "]
+            heads = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                     for line in lines if line.startswith("#")}
+            assert heading in heads, (path.name, target)
+    results = (HERE / "assets/results.md").read_text()
+    findings = readme[readme.index("## What we found"):readme.index("## When something")]
+    for number in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", findings):
+        assert number in results, number
+    assert sum(file.stat().st_size for file in (HERE / "assets").iterdir()) < 3e6
+
+
+def test_the_script_of_the_notebook_runs(chain, tmp_path):
+    """The one that draws neighbours.png."""
+    out = start_of("order_infer", chain, tmp_path / "out")
+    text = (HERE / "assets/results.md").read_text()
+    script, = re.findall(r"```python\n(.*?)```", text, re.S)
+    script = script.replace('OUT, COUNT = "out", 500', f"OUT, COUNT = {str(out)!r}, 4")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(script, {})
+    # every pair of neighbours counts once in each order: 42 pairs of 16 cells
+    assert printed.getvalue().count(f"known {42 / 16:.2f}") == 3
+    assert Image.open(out / "neighbours.png").size == (760, 250)
+
+
 def test_the_tests_of_the_exercises_use_what_is_there():
     """Each is a test with a name of its own; of names that nobody defines there is one to write."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "assets/exercises.md").read_text(), re.S)

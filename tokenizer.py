@@ -371,7 +371,7 @@ def show(model, images, tokens, split, out):
     before = torch.cat(list(in_parts(model, images, rows)))
     after = model.decode(model.encode(before))
     pairs = torch.stack([before, after], 1).flatten(0, 1)
-    scale = max(1, 96 // model.config["size"])
+    scale = math.ceil(96 / model.config["size"])
     save_picture(out / "reconstructions.png", sheet(pairs, 8, scale))
 
 
