@@ -1265,16 +1265,22 @@ def test_the_readme_is_short_and_its_links_and_figures_hold():
     assert sum(file.stat().st_size for file in (HERE / "assets").iterdir()) < 3e6
 
 
-def test_the_script_of_the_notebook_runs(chain, tmp_path):
-    """The one that draws neighbours.png."""
+def test_the_scripts_of_the_notebook_run(chain, tmp_path, capsys):
+    """Those that recognise captions and draw neighbours.png."""
     out = start_of("order_infer", chain, tmp_path / "out")
+    for name, source in (("raster", "raster"), ("ordered_raster", "raster")):
+        shutil.copy(chain[1] / f"{source}.pt", out / f"{name}.pt")
     text = (HERE / "assets/results.md").read_text()
-    script, = re.findall(r"```python\n(.*?)```", text, re.S)
-    script = script.replace('OUT, COUNT = "out", 500', f"OUT, COUNT = {str(out)!r}, 4")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    printed = []
+    for script in re.findall(r"```python\n(.*?)```", text, re.S):
+        script = re.sub(r'OUT, COUNT(.*) = "out", \d+', rf"OUT, COUNT\1 = {str(out)!r}, 4", script)
         exec(script, {})
+        printed.append(capsys.readouterr().out)
+    recognised, neighbours = printed
+    rates = [float(rate) for rate in re.findall(r"accuracy (\S+),", recognised)]
+    assert len(rates) == 5 and 0 <= min(rates) and max(rates) <= 1
     # every pair of neighbours counts once in each order: 42 pairs of 16 cells
-    assert printed.getvalue().count(f"known {42 / 16:.2f}") == 3
+    assert neighbours.count(f"known {42 / 16:.2f}") == 3
     assert Image.open(out / "neighbours.png").size == (760, 250)
 
 
