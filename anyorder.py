@@ -21,7 +21,7 @@ learned once and then holds everywhere. (The paper calls this the double positio
 
 reads    out/tokens.pt and out/tokenizer.pt (where they are missing, tokenizer.py runs first)
 writes   out/anyorder.pt (or out/raster.pt with --order raster), samples and a loss curve beside it
-run      python anyorder.py                          the built-in sunsets: 3 to 19 min, 2 cores
+run      python anyorder.py                          the built-in sunsets: 3 to 11 min, 2 cores
          python anyorder.py --data photos --size 64  your own images, at 64x64 pixels
 you see  samples in random order in out/anyorder.png: sun, sky and sea are there, details may clash
 not here choosing an order (order_infer.py), learning from it (finetune.py), guidance (sample.py)

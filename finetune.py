@@ -38,7 +38,7 @@ and for 13% in that of the head after four rounds.
 sample.py draws ordered.pt with --order learned: the head picks the cells.
 
 reads    out/anyorder.pt, out/orders.pt, out/tokens.pt
-run      python finetune.py                2 to 8 minutes on two idle CPU cores
+run      python finetune.py                1 to 5 minutes on two idle CPU cores
 you see  the held-out loss in nats per token falls below that of anyorder.pt
 not here sampling (sample.py), comparing the orders (evaluate.py)
 """
