@@ -1341,6 +1341,16 @@ def test_the_readme_commands_run(tmp_path, monkeypatch, cli):
 # data.py
 
 
+def test_a_file_is_decoded_once(tmp_path, monkeypatch):
+    """By the search for broken files; later passes find it in memory, and unchanged."""
+    folder = data.Folder(picture_folder(tmp_path / "pictures", 12), 16, "train")
+    reads = calls_of(monkeypatch, data, "read_image")
+    first = [folder[i][0].clone() for i in range(len(folder))]
+    again = [folder[i][0] for i in range(len(folder))]
+    assert all(map(torch.equal, first, again))
+    assert len(reads) == len({path for (path, _), _ in reads}) >= len(folder)
+
+
 def picture(path, colour="red", size=(8, 8), **options):
     """A one-colour image file, its folders made on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
