@@ -485,7 +485,8 @@ def complete_images(row, bench):
 @torch.inference_mode()
 def score_images(row, first, bench):
     """Figures: nats of held-out images, and what their orders look like."""
-    K = bench.orders if is_random(row) else 1
+    random = is_random(row)
+    K = bench.orders if random else 1
     parts = []
     for batch, generator in my_batches(len(bench.tokens[:bench.n]), bench, "score", row.name):
         tokens, captions = bench.tokens[batch].to(bench.device), bench.captions[batch]
@@ -493,8 +494,8 @@ def score_images(row, first, bench):
         for _ in range(K):
             order = orders_of(row, tokens, captions, generator)
             # to the CPU, then to float64
-            nats = row.model.log_probs(tokens, captions, order).cpu().double()  # [b, N]
-            log_p.append(nats.sum(1))
+            steps = row.model.log_probs(tokens, captions, order).cpu().double()  # [b, N]
+            log_p.append(steps.sum(1))
         parts.append((torch.stack(log_p), rank_of(order).cpu()))
     log_p, rank = zip(*in_turn(parts))
     log_p, rank = torch.cat(log_p, 1), torch.cat(rank)  # [K, m], [m, N]
@@ -502,7 +503,7 @@ def score_images(row, first, bench):
     row.nats = mixture_nats(log_p)
     nats, error = mean_and_error(row.nats)
     figures.update(nats=nats / row.model.N, nats_error=error / row.model.N, nats_are="exact")
-    if is_random(row):
+    if random:
         figures.update(nats_are="bound", nats_single=-log_p.mean().item() / row.model.N)
     if first.nats is not None:
         # on the same images: far less noise than in either

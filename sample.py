@@ -435,21 +435,15 @@ def thinking(images, rank, scores, step, scale):
     return torch.where(grow(rank[:, None] < step, side), grow(images, scale), squares)
 
 
-def rank_colours(rank):
-    """rank [n, R, C] -> uint8 colours [n, 3, R, C], dark first."""
-    return colour_map(rank / max(1, int(rank.max()))).permute(0, 3, 1, 2)
-
-
-def film(path, images, rank, scores, scale):
+def film(path, images, maps, rank, scores, scale):
     """Writes a GIF of six seconds: images uint8 [n, 3, H, W] draw themselves, and below each
-    its order, dark first."""
+    grows the map of its order, of the same shape."""
     cells = int(rank.max()) + 1
-    side = scale * images.shape[2] // rank.shape[1]  # pixels of a cell
-    maps = grow(rank_colours(rank), side)
+    side = images.shape[2] // rank.shape[1]  # pixels of a cell
     frames = []
     for step in sorted({round(i * cells / 64) for i in range(65)}):
         drawn = grow(rank[:, None] < step, side)
-        order = torch.where(drawn, maps, 225)
+        order = grow(torch.where(drawn, maps, 225), scale)
         pictures = thinking(images, rank, scores, step, scale)
         frames.append(sheet(torch.cat((pictures, order)), len(images)))
     times = [4000 // len(frames)] * (len(frames) - 1) + [2000]  # milliseconds
@@ -463,9 +457,11 @@ def show(stem, picture, hidden, images, captions, rank, scores):
     height, width = hidden.shape
     scale = max(1, SHOWN // min(height, width))
     columns = min(8, max(1, 8 * height // width))
-    film(stem + ".gif", images[:columns], rank[:columns], scores, scale)
+    maps = grow(colour_map(rank / max(1, int(rank.max()))).permute(0, 3, 1, 2),
+                height // rank.shape[1])
+    maps = torch.where(hidden, maps, 225)  # grey: was given
+    film(stem + ".gif", images[:columns], maps[:columns], rank[:columns], scores, scale)
     labels = [f"{i:05d} {caption}" for i, caption in enumerate(captions[:len(images)])]
-    maps = torch.where(hidden, grow(rank_colours(rank), height // rank.shape[1]), 225)  # grey: was given
     page(stem + "_order.png", maps, labels, columns, scale)
     if not hidden.all():
         given = torch.where(hidden, 128, picture)

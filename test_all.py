@@ -1110,7 +1110,8 @@ def test_a_gif_shows_images_and_orders_as_they_grow(tmp_path):
     """Two images of 2x2 cells of 4 pixels: white where drawn, and below each its order."""
     rank = torch.tensor([[[0, 1], [2, 3]], [[3, 2], [1, 0]]])
     images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
-    sample.film(tmp_path / "x.gif", images, rank, [], 3)
+    maps = order_infer.order_maps(rank.flatten(1), 2, 2, 8)
+    sample.film(tmp_path / "x.gif", images, maps, rank, [], 3)
     side, gap = 12, data.sheet(images[:1], 1).width - 8
     assert gap % 2 == 0
     gap //= 2

@@ -364,9 +364,9 @@ def show(model, images, tokens, split, out):
     decibels = torch.cat(decibels).mean()
     print(f"PSNR {decibels:.2f} dB on {len(rows):,} {part} images")
     if decibels < BLURRED:
-        print(f"that is blurred (below {BLURRED} dB), and no drawn image will be sharper than those "
-              "in reconstructions.png: try more --steps, --codebook 1024 or half the --downsample, "
-              "in another --out")
+        print(f"that is blurred (below {BLURRED} dB), and no drawn image will be sharper than "
+              "those in reconstructions.png: try more --steps, --codebook 1024 or half the "
+              "--downsample, in another --out")
     rows = rows[::math.ceil(len(rows) / 32)]
     before = torch.cat(list(in_parts(model, images, rows)))
     after = model.decode(model.encode(before))
